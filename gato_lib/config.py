@@ -1,0 +1,202 @@
+"""Sizes and settings: frozen dataclasses, checked when they are made.
+
+`MODEL_SIZES` holds the paper's three networks (App. C.1, Table 5) and three small ones for two
+cores. Everything a run depends on is in these dataclasses, so `digest` names a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, Self
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, has the wrong type or is out of range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a plain dict; raises ConfigError naming an unknown or missing key."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"{cls.__name__}: unknown key {unknown}; known: {sorted(known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {error}") from error
+
+    def digest(self) -> str:
+        """Eight hex digits that change when any setting changes."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(f"{type(self).__name__}: {message}")
+
+
+def _one_of(config: _Config, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    config._require(value in allowed, f"{name} is {value!r}, expected one of {allowed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Config):
+    """The network (paper 2.2, 2.3, App. C).
+
+    Attributes:
+      depth, num_heads, width, head_dim: transformer blocks, attention heads, layer width, and
+        key/value size (Table 5).
+      mlp_dim: Table 5's feed-forward "hidden size". It counts both halves of the GEGLU: a
+        projection to `mlp_dim`, split into `mlp_dim / 2` gates and as many values. This reading,
+        with tied embeddings and one relative-position projection a layer, is the one that meets
+        all three published parameter totals.
+      text_rows: rows of the lookup table kept for text ids `[0, text_rows)`. The ids are always
+        the paper's (`tokenizers`); a small preset with a small SentencePiece keeps fewer rows.
+      discrete_range: "shared" lets discrete values use text ids [0, 1024), by the letter of the
+        paper; "own" gives them ids of their own.
+      value_rows: how the 1,024 rows of the value bins start. "random": like every other row.
+        "ordinal": fixed random cosine features of the bin centre, then trained freely.
+      stochastic_depth: probability that a sub-layer is skipped in training (App. C).
+      compute_dtype: dtype of activations and matrix products; parameters are float32.
+    """
+
+    depth: int
+    num_heads: int
+    width: int
+    mlp_dim: int
+    head_dim: int
+    text_rows: int = 32_000
+    discrete_range: str = "shared"
+    value_rows: str = "random"
+    stochastic_depth: float = 0.1
+    compute_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "num_heads", "width", "mlp_dim", "head_dim"):
+            self._require(getattr(self, name) > 0, f"{name} must be positive")
+        self._require(self.width % 2 == 0, "width must be even (sinusoidal positions)")
+        self._require(self.mlp_dim % 2 == 0, "mlp_dim must be even (two GEGLU halves)")
+        self._require(
+            1024 <= self.text_rows <= 32_000,
+            f"text_rows is {self.text_rows}, expected 1024 to 32000 "
+            "(discrete values share the first 1024)",
+        )
+        self._require(0 <= self.stochastic_depth < 1, "stochastic_depth must lie in [0, 1)")
+        _one_of(self, "discrete_range", ("shared", "own"))
+        _one_of(self, "value_rows", ("random", "ordinal"))
+        _one_of(self, "compute_dtype", ("float32", "bfloat16"))
+
+
+#                          depth heads width   mlp head_dim
+MODEL_SIZES: dict[str, ModelConfig] = {
+    "1.18B": ModelConfig(24, 16, 2048, 8192, 128),  # Table 5, Gato itself
+    "364M": ModelConfig(12, 12, 1536, 6144, 128),
+    "79M": ModelConfig(8, 24, 768, 3072, 32),
+    # Ours, named by width and depth. The network is the same; only numbers shrink.
+    "w256d6": ModelConfig(6, 8, 256, 1024, 32),
+    "w128d4": ModelConfig(4, 4, 128, 512, 32),
+    "w64d2": ModelConfig(2, 4, 64, 256, 16),
+}
+
+
+def model_config(size: str, **changes: Any) -> ModelConfig:
+    """`MODEL_SIZES[size]` with some settings replaced; raises ConfigError for an unknown size."""
+    if size not in MODEL_SIZES:
+        raise ConfigError(f"unknown model size {size!r}; known: {sorted(MODEL_SIZES)}")
+    return ModelConfig.from_dict(MODEL_SIZES[size].to_dict() | changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_Config):
+    """What is collected (paper 3.1, App. F) and how it is cut into batches (2.3, App. D).
+
+    Attributes:
+      tasks: task ids of `domains.TASKS`.
+      episodes: demonstrations collected for each task, before the return filter, by domain.
+      noise: fractions of executed actions that are random (discrete) or the standard deviation
+        of Gaussian noise (continuous), cycled over episodes. The recorded action is always the
+        expert's own.
+      weights: share of sequences for each domain; empty means equal.
+      context_length: longest training sequence, in tokens.
+      batch_tokens: tokens a batch, before rounding to whole sequences.
+      prompt_fraction: share of sequences that start with a prompt (25 % in the paper).
+      text_loss: whether text observations count in the loss, as in the paper.
+      vocabulary_size: SentencePiece pieces; 32000 is the vendored model, less is trained on the
+        run's own text.
+    """
+
+    tasks: tuple[str, ...]
+    episodes: tuple[tuple[str, int], ...]
+    noise: tuple[float, ...] = (0.0, 0.1, 0.3)
+    weights: tuple[tuple[str, float], ...] = ()
+    context_length: int = 1024
+    batch_tokens: int = 524_288
+    prompt_fraction: float = 0.25
+    text_loss: bool = True
+    vocabulary_size: int = 32_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "noise", tuple(float(x) for x in self.noise))
+        object.__setattr__(self, "weights", tuple((str(d), float(w)) for d, w in self.weights))
+        self._require(len(self.tasks) > 0, "tasks is empty")
+        self._require(len(set(self.tasks)) == len(self.tasks), "tasks holds a task twice")
+        object.__setattr__(self, "episodes", tuple((str(d), int(n)) for d, n in self.episodes))
+        missing = sorted({t.split("/")[0] for t in self.tasks} - {d for d, _ in self.episodes})
+        self._require(not missing, f"episodes names no number for {missing}")
+        self._require(all(n > 0 for _, n in self.episodes), "episodes must be positive")
+        self._require(len(self.noise) > 0 and min(self.noise) >= 0, "noise must be >= 0")
+        self._require(all(w > 0 for _, w in self.weights), "weights must be positive")
+        self._require(self.context_length > 0, "context_length must be positive")
+        self._require(self.batch_tokens > 0, "batch_tokens must be positive")
+        self._require(0 <= self.prompt_fraction <= 1, "prompt_fraction must lie in [0, 1]")
+        self._require(
+            1024 >= self.vocabulary_size >= 300 or self.vocabulary_size == 32_000,
+            f"vocabulary_size is {self.vocabulary_size}, expected 32000 or 300 to 1024",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(_Config):
+    """Optimisation (App. D). Defaults are the paper's for 1.18B parameters.
+
+    Attributes:
+      clip_norm: global gradient norm above which gradients are scaled down; 0 is off (the paper
+        names none).
+      soft_sigma: standard deviation, in bins, of a Gaussian over neighbouring bins used as the
+        target of continuous actions; 0 is the paper's one bin.
+    """
+
+    steps: int = 1_000_000
+    peak_lr: float = 1e-4
+    start_lr: float = 1e-7
+    final_lr_factor: float = 0.1
+    warmup_steps: int = 15_000
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 0.0
+    soft_sigma: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require(self.steps > 0, "steps must be positive")
+        self._require(
+            0 <= self.warmup_steps < self.steps,
+            f"warmup_steps {self.warmup_steps} must be below steps {self.steps}",
+        )
+        self._require(self.peak_lr > 0, "peak_lr must be positive")
+        self._require(0 < self.final_lr_factor <= 1, "final_lr_factor must lie in (0, 1]")
+        self._require(self.clip_norm >= 0, "clip_norm must be >= 0")
+        self._require(self.soft_sigma >= 0, "soft_sigma must be >= 0")

@@ -1,0 +1,29 @@
+"""Strict settings for every test, and small real data shared by them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MUJOCO_GL", "egl")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from gato_lib import collection, domains  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def demonstrations():
+    """Two expert episodes of one task of each domain, from the real simulators."""
+    out = {}
+    for task in ("babyai/GoToObj", "metaworld/drawer-close"):
+        env, expert = domains.make_env(task), domains.make_expert(task)
+        out[task] = [
+            collection.rollout(env, expert, task, seed, 0.1, np.random.default_rng(seed))
+            for seed in (1, 2)
+        ]
+        env.close()
+    return out

@@ -1,0 +1,164 @@
+"""Ids typed by hand from the paper's ranges, and round trips of anything hypothesis thinks of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from gato_lib import tokenizers as tk
+
+
+def test_ranges():
+    assert (tk.TEXT_IDS, tk.CONTINUOUS_START, tk.SEPARATOR) == (32000, 32000, 33024)
+    assert tk.VOCABULARY == 33025
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (-1.0, 32000),
+        (1.0, 33023),  # the last bin, not one past the range
+        (0.0, 32512),
+        (np.nextafter(1.0, 0.0), 33023),
+        (np.nextafter(-1.0, 0.0), 32000),
+        (np.nextafter(0.0, -1.0), 32511),
+        (-0.998046875, 32001),  # -1 + 2/1024: an edge belongs to the bin above it
+        (np.nextafter(-0.998046875, -1.0), 32000),
+        (5.0, 33023),
+        (-5.0, 32000),
+        (np.inf, 33023),
+        (-np.inf, 32000),
+    ],
+)
+def test_actions_are_cut_into_uniform_bins(value, expected):
+    assert tk.encode_continuous(np.array(value), companded=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.0, 32512),
+        (1.0, 32744),  # F(1) = 0.45475: floor(1.45475 * 512) = 744
+        (-1.0, 32279),
+        (256.0, 33023),
+        (-256.0, 32000),
+        (1e9, 33023),
+        (np.inf, 33023),
+        (-np.inf, 32000),
+    ],
+)
+def test_observations_are_companded(value, expected):
+    assert tk.encode_continuous(np.array(value), companded=True) == expected
+
+
+def test_mu_law_values():
+    np.testing.assert_allclose(
+        tk.mu_law_encode(np.array([0.0, 1.0, 256.0])), [0, 0.454675, 1], atol=1e-6
+    )
+    np.testing.assert_allclose(tk.mu_law_encode(np.array([-1.0])), [-0.454675], atol=1e-6)
+
+
+@pytest.mark.parametrize("companded", [True, False])
+def test_nan_is_refused(companded):
+    with pytest.raises(ValueError, match=r"NaN at index \[1\]"):
+        tk.encode_continuous(np.array([0.0, np.nan]), companded=companded)
+    with pytest.raises(TypeError, match="real numbers"):
+        tk.encode_continuous(np.array(["a"]), companded=companded)
+
+
+@pytest.mark.parametrize("companded", [True, False])
+def test_every_bin_centre_is_its_own_round_trip(companded):
+    ids = np.arange(32000, 33024)
+    again = tk.encode_continuous(
+        tk.decode_continuous(ids, companded=companded), companded=companded
+    )
+    np.testing.assert_array_equal(again, ids)
+
+
+@pytest.mark.parametrize("bad", [31999, 33024, -1])
+def test_decoding_outside_the_range_is_refused(bad):
+    with pytest.raises(ValueError, match=r"outside \[32000, 33024\)"):
+        tk.decode_continuous(np.array([bad]), companded=False)
+
+
+def test_discrete_ranges():
+    values = np.array([0, 1023])
+    assert tk.encode_discrete(values).tolist() == [0, 1023]
+    own = tk.encode_discrete(values, discrete_range="own")
+    assert own.tolist() == [33025, 34048]
+    assert tk.decode_discrete(own, discrete_range="own").tolist() == [0, 1023]
+    for bad in (-1, 1024):
+        with pytest.raises(ValueError, match=r"outside \[0, 1024\)"):
+            tk.encode_discrete(np.array([bad]))
+    with pytest.raises(TypeError, match="integers"):
+        tk.encode_discrete(np.array([0.5]))
+
+
+floats = hnp.arrays(
+    st.sampled_from([np.float32, np.float64]),
+    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
+    elements=st.floats(width=32, allow_nan=False),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(floats)
+def test_continuous_round_trips(values):
+    for companded in (False, True):
+        ids = tk.encode_continuous(values, companded=companded)
+        assert ids.shape == values.shape and ids.dtype == np.int32
+        assert ((ids >= 32000) & (ids < 33024)).all()
+        back = tk.decode_continuous(ids, companded=companded)
+        encode = tk.mu_law_encode if companded else np.asarray
+        wanted = np.clip(encode(values.astype(np.float64)), -1, 1)
+        assert np.all(np.abs(encode(back) - wanted) <= 1 / 1024 + 1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    hnp.arrays(
+        st.sampled_from([np.int8, np.int64, np.uint16]),
+        hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5),
+        elements=st.integers(0, 127),
+    ),
+    st.sampled_from(["shared", "own"]),
+)
+def test_discrete_round_trips(values, discrete_range):
+    ids = tk.encode_discrete(values, discrete_range=discrete_range)
+    np.testing.assert_array_equal(tk.decode_discrete(ids, discrete_range=discrete_range), values)
+
+
+def test_vendored_text_model_is_lossless_and_fits_the_ids():
+    text = tk.TextTokenizer()
+    assert text.size == 32000
+    for sentence in (
+        "put the green key next to the blue ball",
+        "Grüße, 世界! 🤖",
+        "  two  spaces ",
+    ):
+        ids = text.encode(sentence)
+        assert text.decode(ids) == sentence and max(ids) < 32000
+
+
+def test_trained_text_model(tmp_path):
+    texts = ["go to the red ball", "open the blue door"] * 3
+    text = tk.train_text_tokenizer(texts, tmp_path / "a.model", 400)
+    assert text.size <= 400
+    assert text.decode(text.encode("a door never seen: §")) == "a door never seen: §"
+    again = tk.train_text_tokenizer(texts, tmp_path / "b.model", 400)
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    assert again.size == text.size
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.model", "b.model"]
+    with pytest.raises(ValueError, match="no text"):
+        tk.train_text_tokenizer([], tmp_path / "c.model", 400)
+
+
+def test_foreign_text_model_is_refused(tmp_path):
+    (tmp_path / "x.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="x.model: not a SentencePiece model"):
+        tk.TextTokenizer(tmp_path / "x.model")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        tk.TextTokenizer(tmp_path / "nowhere")
