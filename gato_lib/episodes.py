@@ -1,0 +1,314 @@
+"""Episodes, their shards and their Minari data sets, expert return and the return filter.
+
+An episode of T steps holds T + 1 observations, the last one after the last action. `actions` are
+the expert's own, which is what a clone should imitate; `executed` are the ones the simulator saw,
+which differ where noise was injected during collection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+# A leaf is an array with a leading time axis, or a list of strings; a dict nests leaves.
+Nested = dict[str, "Nested"] | np.ndarray | list[str]
+
+
+class DataError(ValueError):
+    """Data is missing, truncated, foreign or inconsistent. Names the file, episode and key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One episode of T steps.
+
+    Attributes:
+      task: id in `domains.TASKS`.
+      observations: nested leaves with leading axis T + 1.
+      actions: the expert's actions, (T, ...).
+      executed: the executed actions, (T, ...).
+      rewards: float64 (T,).
+      success: whether the task was solved at any step.
+      seed: what the environment was reset with.
+    """
+
+    task: str
+    observations: Nested
+    actions: np.ndarray
+    executed: np.ndarray
+    rewards: np.ndarray
+    success: bool
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return len(self.actions)
+
+    @property
+    def episode_return(self) -> float:
+        return float(self.rewards.sum())
+
+
+def flatten(tree: Nested, prefix: str = "") -> dict[str, np.ndarray | list[str]]:
+    """Leaves of a nested observation by '/'-joined key, keys in lexicographic order (2.1)."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    out: dict[str, Any] = {}
+    for key in sorted(tree):
+        out |= flatten(tree[key], f"{prefix}/{key}" if prefix else key)
+    return out
+
+
+def stack_observations(observations: Sequence[Any]) -> Nested:
+    """A list of single observations to nested leaves with a leading time axis."""
+    first = observations[0]
+    if isinstance(first, dict):
+        return {k: stack_observations([o[k] for o in observations]) for k in first}
+    if isinstance(first, str):
+        return list(observations)
+    return np.stack([np.asarray(o) for o in observations])
+
+
+def select(tree: Nested, step: int) -> Any:
+    """The observation of one step, the inverse of `stack_observations`."""
+    if isinstance(tree, dict):
+        return {k: select(v, step) for k, v in tree.items()}
+    return tree[step]
+
+
+def validate(
+    episode: Episode, observation_space: gym.Space, action_space: gym.Space, where: str
+) -> None:
+    """Raise DataError naming `where`, the key, what was expected and what came."""
+    _check_leaves(episode.observations, observation_space, episode.steps + 1, where, "observations")
+    for name in ("actions", "executed"):
+        _check_leaves(getattr(episode, name), action_space, episode.steps, where, name)
+    _check_array(episode.rewards, (episode.steps,), None, where, "rewards")
+    if episode.steps == 0:
+        raise DataError(f"{where}: the episode has no steps")
+
+
+def _check_leaves(tree: Nested, space: gym.Space, length: int, where: str, key: str) -> None:
+    if isinstance(space, gym.spaces.Dict):
+        if not isinstance(tree, dict):
+            raise DataError(f"{where}: {key} is {type(tree).__name__}, expected a dict")
+        if set(tree) != set(space.spaces):
+            raise DataError(f"{where}: {key} has keys {sorted(tree)}, expected {sorted(space)}")
+        for name, sub in space.spaces.items():
+            _check_leaves(tree[name], sub, length, where, f"{key}/{name}")
+    elif isinstance(space, gym.spaces.Text):
+        if not isinstance(tree, list) or not all(isinstance(t, str) for t in tree):
+            raise DataError(f"{where}: {key} is {type(tree).__name__}, expected a list of strings")
+        if len(tree) != length:
+            raise DataError(f"{where}: {key} has length {len(tree)}, expected {length}")
+    else:
+        _check_array(tree, (length, *space.shape), space.dtype, where, key)
+        low, high = tree.min(initial=0), tree.max(initial=0)
+        if isinstance(space, gym.spaces.Discrete) and (low < 0 or high >= space.n):
+            raise DataError(f"{where}: {key} spans [{low}, {high}], expected [0, {space.n - 1}]")
+
+
+def _check_array(
+    x: Any, shape: tuple[int, ...], dtype: np.dtype | None, where: str, key: str
+) -> None:
+    if not isinstance(x, np.ndarray):
+        raise DataError(f"{where}: {key} is {type(x).__name__}, expected an array")
+    if x.shape != shape:
+        raise DataError(f"{where}: {key} has shape {x.shape}, expected {shape}")
+    if dtype is not None and np.dtype(dtype).kind != x.dtype.kind:
+        raise DataError(f"{where}: {key} has dtype {x.dtype}, expected {np.dtype(dtype)}")
+    if x.dtype.kind == "f" and np.isnan(x).any():
+        raise DataError(f"{where}: {key} holds NaN at step {int(np.argwhere(np.isnan(x))[0][0])}")
+
+
+# --- expert return and the filter (paper 3.1, App. F) -------------------------------------------
+
+
+def expert_return(scores: Sequence[float]) -> float:
+    """Largest mean score over any window of W = min(1000, N / 10) consecutive episodes.
+
+    The paper's formula; W is at least one episode. Raises ValueError for no episodes.
+    """
+    n = len(scores)
+    if n == 0:
+        raise ValueError("expert return of no episodes")
+    window = max(1, min(1000, n // 10))
+    sums = np.convolve(np.asarray(scores, np.float64), np.ones(window), mode="valid")
+    return float(sums.max() / window)
+
+
+def keep_mask(scores: Sequence[float], fraction: float = 0.8) -> np.ndarray:
+    """Which episodes reach `fraction` of the expert return: bool (N,).
+
+    Raises ValueError where the expert return is not positive: the paper's rule has no meaning
+    there, and such a task is filtered on success instead.
+    """
+    best = expert_return(scores)
+    if best <= 0:
+        raise ValueError(f"the return filter needs a positive expert return, got {best}")
+    return np.asarray(scores, np.float64) >= fraction * best
+
+
+# --- shards: one file an episode, whole or absent ------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike):
+    """Yield a temporary path beside `path` that is renamed onto it when the block succeeds."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_shard(path: str | os.PathLike, episode: Episode) -> None:
+    """Write one episode as .npz without pickle."""
+    leaves = {f"observations/{k}": np.asarray(v) for k, v in flatten(episode.observations).items()}
+    rest = {k: getattr(episode, k) for k in ("actions", "executed", "rewards")}
+    meta = json.dumps({k: getattr(episode, k) for k in ("task", "success", "seed")})
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, meta=np.array(meta), **leaves, **rest)
+
+
+def read_shard(path: str | os.PathLike) -> Episode:
+    """Read a shard; raises DataError where it is truncated or foreign."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as z:
+            arrays = {k: z[k] for k in z.files}
+        meta = json.loads(str(arrays.pop("meta")))
+        rest = {k: arrays.pop(k) for k in ("actions", "executed", "rewards")}
+        leaves = {k.removeprefix("observations").removeprefix("/"): v for k, v in arrays.items()}
+        return Episode(observations=_unflatten(leaves), **rest, **meta)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not an episode shard ({error})") from error
+
+
+def _unflatten(leaves: dict[str, np.ndarray]) -> Nested:
+    as_leaf = lambda v: v.tolist() if v.dtype.kind == "U" else v  # noqa: E731
+    if set(leaves) == {""}:
+        return as_leaf(leaves[""])
+    tree: dict[str, Any] = {}
+    for key, value in leaves.items():
+        *parents, last = key.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = as_leaf(value)
+    return tree
+
+
+# --- Minari ---------------------------------------------------------------------------------------
+
+
+def write_minari(
+    folder: str | os.PathLike,
+    episodes: Sequence[Episode],
+    observation_space: gym.Space,
+    action_space: gym.Space,
+    metadata: dict[str, Any],
+) -> None:
+    """Write episodes as a Minari arrow data set at `folder`, whole or not at all.
+
+    Images are stored losslessly (`jpeg_encoding=False`: Minari's default is JPEG). `metadata` is
+    kept under the key "gato" of the data set's own metadata.
+    """
+    from minari.data_collector import EpisodeBuffer
+    from minari.dataset.minari_storage import MinariStorage
+
+    folder = pathlib.Path(folder)
+    buffers = [
+        EpisodeBuffer(
+            id=i,
+            seed=e.seed,
+            observations=e.observations,
+            actions=e.actions,
+            rewards=list(e.rewards),
+            terminations=[False] * (e.steps - 1) + [True],
+            truncations=[False] * e.steps,
+            infos={
+                # One row an observation: the initial one carries zeros. As lists, because Minari
+                # cannot read back an info that was a one-dimensional array.
+                "executed": list(np.concatenate([np.zeros_like(e.executed[:1]), e.executed])),
+                "success": [False] * e.steps + [e.success],
+            },
+        )
+        for i, e in enumerate(episodes)
+    ]
+    with atomic_path(folder) as temporary:
+        (temporary / "data").mkdir(parents=True)
+        storage = MinariStorage.new(
+            temporary / "data",
+            observation_space=observation_space,
+            action_space=action_space,
+            env_spec=None,
+            data_format="arrow",
+            jpeg_encoding=False,
+        )
+        storage.update_episodes(buffers)
+        storage.update_metadata(
+            {
+                "dataset_id": f"gato/{folder.parent.name}-v0",
+                "minari_version": "0.5.4",
+                "gato": json.dumps(metadata, sort_keys=True),
+            }
+        )
+
+
+def read_minari(folder: str | os.PathLike) -> tuple[list[Episode], dict[str, Any]]:
+    """Episodes and metadata of a data set written by `write_minari`.
+
+    Raises DataError naming the data set, the episode and the key.
+    """
+    from minari import MinariDataset
+
+    folder = pathlib.Path(folder)
+    if not (folder / "data" / "metadata.json").is_file():
+        raise DataError(f"{folder}: no Minari data set there")
+    try:
+        dataset = MinariDataset(folder / "data")
+        metadata = json.loads(dataset.storage.metadata["gato"])
+        spaces = dataset.observation_space, dataset.action_space
+    except Exception as error:
+        raise DataError(f"{folder}: not a data set of this workbook ({error!r})") from error
+    episodes = []
+    for i in range(dataset.total_episodes):
+        where = f"{folder}, episode {i}"
+        try:
+            (raw,) = dataset.iterate_episodes([i])
+            episode = Episode(
+                task=metadata["task"],
+                observations=raw.observations,
+                actions=np.asarray(raw.actions),
+                executed=np.asarray(raw.infos["executed"])[1:],
+                rewards=np.asarray(raw.rewards, np.float64),
+                success=bool(np.asarray(raw.infos["success"])[-1]),
+                seed=int(next(iter(dataset.storage.get_episode_metadata([i])))["seed"]),
+            )
+        except Exception as error:
+            raise DataError(f"{where}: cannot be read ({error!r})") from error
+        validate(episode, *spaces, where)
+        episodes.append(episode)
+    return episodes, metadata
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        pathlib.Path(temporary).write_text(text)

@@ -1,0 +1,100 @@
+"""Collection: what is written, what a kill leaves, what a second call does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from gato_lib import collection, domains
+from gato_lib.collection import Collection
+from gato_lib.episodes import read_shard
+
+TASK = "babyai/GoToObj"
+
+
+def collect(root, task=TASK, episodes=4, seed=0):
+    item = Collection(str(root), task, episodes, (0.0, 0.3), seed)
+    return item, list(collection.collect([item], workers=1))
+
+
+def test_collect_filter_and_load(tmp_path):
+    item, lines = collect(tmp_path)
+    assert item.done and lines[-1] == "4 episodes of 1 tasks collected"
+    kept, card = collection.load(item)
+    assert card["collected"] == 4 == len(card["scores"]) and card["kept"] == len(kept)
+    assert min(e.episode_return for e in kept) >= 0.8 * card["expert_return"]
+    assert [p.name for p in tmp_path.iterdir()] == [item.folder.name]  # shards are gone
+    assert list(collection.collect([item])) == []  # finished: nothing to do
+    other, _ = collect(tmp_path, seed=1)
+    assert other.folder != item.folder
+
+
+def test_a_second_call_goes_on_from_the_shards(tmp_path):
+    item = Collection(str(tmp_path), TASK, 3, (0.0,), 0)
+    collection._collect_chunk(item, [0, 2])
+    before = {i: item.shard(i).stat().st_mtime_ns for i in (0, 2)}
+    lines = []
+    for line in collection.collect([item], workers=1):
+        lines.append(line)
+        if "collecting" in line:
+            assert line == "collecting 1 of 3 episodes of 1 tasks"
+            assert all(item.shard(i).stat().st_mtime_ns == t for i, t in before.items())
+    straight = Collection(str(tmp_path / "straight"), TASK, 3, (0.0,), 0)
+    list(collection.collect([straight], workers=1))
+    for a, b in zip(collection.load(item)[0], collection.load(straight)[0], strict=True):
+        np.testing.assert_array_equal(a.observations["image"], b.observations["image"])
+        np.testing.assert_array_equal(a.actions, b.actions)
+
+
+KILLED = """
+from gato_lib.collection import Collection, collect
+if __name__ == "__main__":
+    for line in collect([Collection({root!r}, "babyai/Open", 200, (0.0,), 0)], workers=1):
+        print(line, flush=True)
+"""
+
+
+def test_a_kill_leaves_whole_episodes_only(tmp_path):
+    script = tmp_path / "collect.py"
+    script.write_text(KILLED.format(root=str(tmp_path / "data")))
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    item = Collection(str(tmp_path / "data"), "babyai/Open", 200, (0.0,), 0)
+    folder = item.shard(0).parent
+    deadline = time.time() + 60
+    while time.time() < deadline and not (folder.is_dir() and len(list(folder.glob("*.npz"))) > 3):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    shards = list(folder.glob("*.npz"))
+    assert 3 < len(shards) < 200 and not item.done
+    assert all(read_shard(s).task == "babyai/Open" for s in shards)
+
+
+def test_seeds_of_collection_and_evaluation_never_meet():
+    from gato_lib.evaluation import episode_seed
+
+    item = Collection("x", TASK, 10, (0.0,), 0)
+    assert all(item.episode_seed(i, a) < 2**30 for i in range(50) for a in range(3))
+    assert all(2**30 <= episode_seed(TASK, s, i) < 2**31 for s in range(3) for i in range(50))
+
+
+def test_an_expert_that_always_fails_is_reported(tmp_path, monkeypatch):
+    class Broken(domains.Expert):
+        def reset(self, env):
+            pass
+
+        def act(self, observation, executed):
+            raise domains.ExpertError("no plan")
+
+    monkeypatch.setattr(domains, "make_expert", lambda task: Broken())
+    item = Collection(str(tmp_path), TASK, 1, (0.0,), 0)
+    with pytest.raises(ValueError, match="babyai/GoToObj: the expert failed on 20 seeds"):
+        collection._collect_chunk(item, [0])

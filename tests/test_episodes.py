@@ -1,0 +1,150 @@
+"""Shards, Minari data sets, validation, the return filter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from gato_lib import domains, episodes
+from gato_lib.episodes import DataError
+
+
+def spaces(task):
+    env = domains.make_env(task)
+    return env.observation_space, env.action_space
+
+
+def assert_same(a, b):
+    for key, value in episodes.flatten(a.observations).items():
+        other = episodes.flatten(b.observations)[key]
+        if isinstance(value, list):
+            assert value == other
+        else:
+            np.testing.assert_array_equal(value, other)
+    for name in ("actions", "executed", "rewards"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert (a.task, a.success, a.seed) == (b.task, b.success, b.seed)
+
+
+@pytest.mark.parametrize("task", ["babyai/GoToObj", "metaworld/drawer-close"])
+def test_shard_and_minari_are_lossless(tmp_path, demonstrations, task):
+    written = demonstrations[task]
+    episodes.write_shard(tmp_path / "0.npz", written[0])
+    assert_same(episodes.read_shard(tmp_path / "0.npz"), written[0])
+    episodes.write_minari(tmp_path / "set", written, *spaces(task), {"task": task, "x": 1})
+    back, metadata = episodes.read_minari(tmp_path / "set")
+    assert metadata == {"task": task, "x": 1} and len(back) == 2
+    for a, b in zip(written, back, strict=True):
+        assert_same(a, b)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.npz", "set"]  # nothing left over
+
+
+def test_minari_itself_reads_the_set(tmp_path, demonstrations):
+    import minari
+
+    task = "babyai/GoToObj"
+    episodes.write_minari(tmp_path / "set", demonstrations[task], *spaces(task), {"task": task})
+    dataset = minari.MinariDataset(tmp_path / "set" / "data")
+    assert dataset.total_episodes == 2
+    first = dataset[0]
+    np.testing.assert_array_equal(
+        first.observations["image"], demonstrations[task][0].observations["image"]
+    )
+
+
+@pytest.mark.parametrize("damage", ["truncate", "foreign", "missing"])
+def test_a_damaged_shard_is_refused(tmp_path, demonstrations, damage):
+    path = tmp_path / "7.npz"
+    episodes.write_shard(path, demonstrations["babyai/GoToObj"][0])
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif damage == "foreign":
+        np.savez(path, a=np.zeros(3))
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match="7.npz: not an episode shard"):
+        episodes.read_shard(path)
+
+
+def test_no_pickle_is_loaded(tmp_path):
+    np.savez(tmp_path / "p.npz", meta=np.array({"task": "x"}, dtype=object))
+    with pytest.raises(DataError, match="not an episode shard"):
+        episodes.read_shard(tmp_path / "p.npz")
+
+
+def test_a_damaged_data_set_names_the_episode(tmp_path, demonstrations):
+    task = "metaworld/drawer-close"
+    episodes.write_minari(tmp_path / "set", demonstrations[task], *spaces(task), {"task": task})
+    (part,) = (tmp_path / "set" / "data" / "1").glob("*.arrow")
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(DataError, match="set, episode 1: cannot be read"):
+        episodes.read_minari(tmp_path / "set")
+    with pytest.raises(DataError, match="no Minari data set"):
+        episodes.read_minari(tmp_path / "nothing")
+    metadata = tmp_path / "set" / "data" / "metadata.json"
+    metadata.write_text(json.dumps({"total_episodes": 1}))
+    with pytest.raises(DataError, match="not a data set of this workbook"):
+        episodes.read_minari(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": np.zeros(3)}, r"rewards has shape \(3,\), expected"),
+        ({"actions": np.zeros((2, 5), np.float32)}, r"actions has shape \(2, 5\), expected"),
+        ({"observations": np.full((3, 39), np.nan)}, "observations holds NaN at step 0"),
+        ({"observations": np.zeros((3, 39), np.int64)}, "observations has dtype int64"),
+        ({"observations": {"x": np.zeros((3, 39))}}, "observations is dict"),
+    ],
+)
+def test_validation_names_the_key(demonstrations, change, message):
+    task = "metaworld/drawer-close"
+    two = demonstrations[task][0]
+    two = dataclasses.replace(
+        two,
+        observations=two.observations[:3],
+        actions=two.actions[:2],
+        executed=two.executed[:2],
+        rewards=two.rewards[:2],
+    )
+    episodes.validate(two, *spaces(task), "here")
+    with pytest.raises((DataError, AttributeError), match=message):
+        episodes.validate(dataclasses.replace(two, **change), *spaces(task), "here, episode 5")
+
+
+def test_validation_of_nested_observations(demonstrations):
+    episode = demonstrations["babyai/GoToObj"][0]
+    space, actions = spaces("babyai/GoToObj")
+    for key, value, message in (
+        ("mission", ["go"], "observations/mission has length 1"),
+        ("image", episode.observations["image"][:, :32], "observations/image has shape"),
+        ("direction", episode.observations["direction"] + 9, r"expected \[0, 3\]"),
+    ):
+        bad = dataclasses.replace(episode, observations=episode.observations | {key: value})
+        with pytest.raises(DataError, match=message):
+            episodes.validate(bad, space, actions, "here")
+    assert isinstance(space, gym.spaces.Dict)
+
+
+def test_expert_return_by_hand():
+    # N = 30: windows of 3; the best is (5 + 6 + 7) / 3.
+    scores = [0.0] * 10 + [5.0, 6.0, 7.0] + [0.0] * 17
+    assert episodes.expert_return(scores) == pytest.approx(6.0)
+    assert episodes.expert_return([1.0, 3.0]) == 3.0  # fewer than ten: windows of one
+    keep = episodes.keep_mask(scores)
+    assert keep.sum() == 3 and keep[10]  # 80 % of 6 is 4.8
+    with pytest.raises(ValueError, match="no episodes"):
+        episodes.expert_return([])
+    with pytest.raises(ValueError, match="positive expert return"):
+        episodes.keep_mask([-1.0, -2.0])
+
+
+def test_atomic_path_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError), episodes.atomic_path(tmp_path / "a") as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
