@@ -1,0 +1,135 @@
+"""Tokens and patches to vectors (paper 2.2, App. C.2, C.3).
+
+One lookup table serves text, discrete and continuous ids, observations and actions alike, and is
+also the output projection. Patches go through one residual block. Positions are added: row and
+column of a patch within its image, and the place of a token within its timestep.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from gato_lib import tokenizers
+from gato_lib.config import ModelConfig
+
+LOCAL_ROWS = 512 + 1  # observation tokens, and one row for all actions (sequence.ACTION_POSITION)
+PATCH_ROWS = 128
+PATCH_CHANNELS = 64
+INIT = 0.02
+
+
+def num_rows(config: ModelConfig) -> int:
+    """Rows of the lookup table."""
+    own = tokenizers.NUM_BINS if config.discrete_range == "own" else 0
+    return config.text_rows + tokenizers.NUM_BINS + 1 + own
+
+
+def table_row(ids: Int[Array, "..."], config: ModelConfig) -> Int[Array, "..."]:
+    """The table row of each id: text keeps its place, all later ranges close up behind it.
+
+    With 32,000 text rows this is the identity. The ids themselves are always the paper's.
+    """
+    return ids - (ids >= tokenizers.TEXT_IDS) * (tokenizers.TEXT_IDS - config.text_rows)
+
+
+def value_features(width: int, seed: int = 0) -> np.ndarray:
+    """Rows for the 1,024 bins that know their order, float32 (1024, width).
+
+    Random cosines of the bin centre, frequencies log-uniform in [0.3, 40] half-turns per unit,
+    scaled to the other rows' standard deviation. Neighbouring bins start alike, so what is learned
+    of one value holds for those around it.
+    """
+    rng = np.random.default_rng(seed)
+    frequency = np.exp(rng.uniform(np.log(0.3), np.log(40.0), width))
+    phase = rng.uniform(0.0, 2.0 * np.pi, width)
+    rows = np.cos(np.pi * frequency * tokenizers.bin_centres()[:, None] + phase)
+    return (rows / np.sqrt(np.mean(rows**2)) * INIT).astype(np.float32)
+
+
+def initial_table(config: ModelConfig, key: jax.Array) -> Float[Array, "V D"]:
+    """The lookup table at step 0."""
+    table = INIT * jax.random.normal(key, (num_rows(config), config.width))
+    if config.value_rows == "ordinal":
+        features = jnp.asarray(value_features(config.width))
+        starts = [config.text_rows]
+        if config.discrete_range == "own":
+            starts.append(config.text_rows + tokenizers.NUM_BINS + 1)
+        for start in starts:
+            table = table.at[start : start + tokenizers.NUM_BINS].set(features)
+    return table
+
+
+class PatchEmbedder(nnx.Module):
+    """One pre-activation ("v2") residual block with GroupNorm and GELU, per 16 x 16 patch.
+
+    A 3 x 3 root convolution halves the patch to 8 x 8, the block halves it to 4 x 4, and a 2 x 2
+    average leaves 2 x 2 x 64 values for the final projection. 64 channels are the fewest for which
+    32 groups (App. C.2) are more than one channel each. About 0.1M parameters and 256 a unit of
+    width: the published totals leave room for little more. The same at every model size.
+    """
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = PATCH_CHANNELS
+        conv = lambda i, o, k, s: nnx.Conv(  # noqa: E731
+            i, o, (k, k), strides=(s, s), dtype=dtype, rngs=rngs
+        )
+        norm = lambda: nnx.GroupNorm(c, num_groups=32, dtype=dtype, rngs=rngs)  # noqa: E731
+        self.root = conv(3, c, 3, 2)
+        self.norm1, self.conv1 = norm(), conv(c, c, 3, 2)
+        self.norm2, self.conv2 = norm(), conv(c, c, 3, 1)
+        self.skip = conv(c, c, 1, 2)
+        self.project = nnx.Linear(4 * c, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, patches: UInt8[Array, "Q 16 16 3"]) -> Float[Array, "Q D"]:
+        # 2.1: pixels to [-1, 1], then divided by the square root of the patch side.
+        x = (patches.astype(jnp.float32) / 127.5 - 1.0) / 4.0
+        x = self.root(x)  # Q 8 8 C
+        h = jax.nn.gelu(self.norm1(x))
+        shortcut = self.skip(h)  # Q 4 4 C
+        h = self.conv1(h)
+        h = self.conv2(jax.nn.gelu(self.norm2(h)))
+        x = nnx.avg_pool(shortcut + h, (2, 2), (2, 2))  # Q 2 2 C
+        return self.project(x.reshape(x.shape[0], -1))
+
+
+class Embedding(nnx.Module):
+    """Everything that turns a batch into (B, T, D), and the tied output table."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype = jnp.dtype(config.compute_dtype)
+        rows = lambda n: nnx.Param(  # noqa: E731
+            INIT * jax.random.normal(rngs.params(), (n, config.width))
+        )
+        self.table = nnx.Param(initial_table(config, rngs.params()))
+        self.local = rows(LOCAL_ROWS)
+        self.patch_row, self.patch_col = rows(PATCH_ROWS), rows(PATCH_ROWS)
+        self.patch = PatchEmbedder(config.width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        ids: Int[Array, "B T"],
+        local: Int[Array, "B T"],
+        patch: Int[Array, "B T"],
+        rows: Int[Array, "B T"],
+        cols: Int[Array, "B T"],
+        patches: UInt8[Array, "Q 16 16 3"],
+    ) -> Float[Array, "B T D"]:
+        x = self.table[...][table_row(ids, self.config)]
+        if patches.shape[0]:  # a batch shape without images costs nothing
+            image = (patch < patches.shape[0])[..., None]
+            vectors = self.patch(patches).astype(x.dtype)
+            seen = vectors[jnp.minimum(patch, patches.shape[0] - 1)]
+            seen += self.patch_row[...][rows] + self.patch_col[...][cols]
+            x = jnp.where(image, seen, x)
+        x += jnp.where((local >= 0)[..., None], self.local[...][jnp.maximum(local, 0)], 0.0)
+        return x.astype(self.config.compute_dtype)
+
+    def logits(self, hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
+        """Logits over table rows, float32. Two-dimensional on purpose: it is 3 times faster."""
+        table = self.table[...].astype(hidden.dtype)
+        return jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32)

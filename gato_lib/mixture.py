@@ -1,0 +1,229 @@
+"""The training mixture: weighted, seeded, resumable batches (paper 2.3, 4.2 of Table 1; App. D).
+
+Batches are of one domain each, chosen by the domains' weights: sequences of one shape need no
+padding to another's. (The paper mixes domains within a batch; README, Deviations.) Batch number i
+is a function of i and the seed alone, so a step number is all it takes to resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from gato_lib.config import DataConfig
+from gato_lib.sequence import Batch, TokenSequence, concatenate, make_batch
+
+
+@dataclasses.dataclass
+class TaskData:
+    """Where one task's episodes and training windows lie in its group's sequence.
+
+    Attributes:
+      episodes: int64 (E, 2), first and last step (half-open) of each episode.
+      windows: int64 (W, 2), episode and first step of each window.
+    """
+
+    episodes: np.ndarray
+    windows: np.ndarray
+
+
+@dataclasses.dataclass
+class Group:
+    """The tasks of one domain, and the fixed shape of its batches."""
+
+    name: str
+    seq: TokenSequence
+    tasks: dict[str, TaskData]
+    length: int = 0
+    batch_size: int = 0
+    num_targets: int = 0
+    num_patches: int = 0
+
+    @property
+    def max_patches(self) -> int:
+        """Distinct patches a batch can hold at most."""
+        most = int(np.diff(np.concatenate([[0], np.cumsum(self.seq.patch >= 0)[self._ends]])).max())
+        steps = self.length // int(np.diff(self.seq.offsets).min())
+        return self.batch_size * most * max(steps, 1)
+
+    @property
+    def _ends(self) -> np.ndarray:
+        return self.seq.offsets[1:] - 1
+
+
+def _window_end(offsets: np.ndarray, first: int, limit: int, tokens: int) -> int:
+    """Largest step end such that steps [first, end) hold at most `tokens` tokens, at most limit."""
+    end = int(np.searchsorted(offsets, offsets[first] + tokens, side="right")) - 1
+    return min(end, limit)
+
+
+def build_group(
+    name: str, sequences: dict[str, Sequence[TokenSequence]], config: DataConfig
+) -> Group:
+    """Join a domain's episodes, list its windows, and choose its batch shape.
+
+    A window starts at any step from which the context can be filled, or at step 0 of a shorter
+    episode; every step is in some window. Raises ValueError where one timestep does not fit.
+    """
+    seq = concatenate([s for episodes in sequences.values() for s in episodes])
+    offsets = seq.offsets
+    steps = np.diff(offsets)
+    if steps.max() > config.context_length:
+        raise ValueError(
+            f"{name}: a timestep has {steps.max()} tokens, context_length is "
+            f"{config.context_length}"
+        )
+    tasks, step, longest = {}, 0, 0
+    for task, episodes in sequences.items():
+        spans, windows = [], []
+        for index, episode in enumerate(episodes):
+            last = step + episode.steps
+            spans.append((step, last))
+            for first in range(step, last):
+                end = _window_end(offsets, first, last, config.context_length)
+                windows.append((index, first))
+                longest = max(longest, int(offsets[end] - offsets[first]))
+                if end == last:  # later windows would only repeat the tail of this one
+                    break
+            step = last
+        tasks[task] = TaskData(np.array(spans), np.array(windows))
+    group = Group(name, seq, tasks, length=longest)
+    group.batch_size = max(1, config.batch_tokens // longest)
+    mask = np.concatenate([[0], np.cumsum(seq.loss_mask(config.text_loss))])
+    per_step = mask[offsets[1:]] - mask[offsets[:-1]]
+    # No row holds more targets than its densest steps repeated until the row is full.
+    group.num_targets = int(np.ceil((per_step / steps).max() * longest))
+    group.num_patches = 0
+    if len(seq.patches):
+        samples = [sample_windows(group, config, np.random.default_rng([1, i])) for i in range(64)]
+        most = max(_distinct_patches(seq, windows) for windows in samples)
+        group.num_patches = min(int(np.ceil(most * 1.1 / 32)) * 32, group.max_patches)
+    return group
+
+
+def _distinct_patches(seq: TokenSequence, windows: list[list[tuple[int, int]]]) -> int:
+    patch = np.concatenate([seq.patch[a:b] for spans in windows for a, b in spans])
+    return len(np.unique(patch[patch >= 0]))
+
+
+def sample_windows(
+    group: Group, config: DataConfig, rng: np.random.Generator
+) -> list[list[tuple[int, int]]]:
+    """Token spans for each row of a batch: tasks alike, windows alike within a task."""
+    names = list(group.tasks)
+    rows = []
+    for _ in range(group.batch_size):
+        task = group.tasks[names[rng.integers(len(names))]]
+        window = task.windows[rng.integers(len(task.windows))]
+        rows.append(_row(group, task, window, config, rng))
+    return rows
+
+
+def _row(
+    group: Group,
+    task: TaskData,
+    window: np.ndarray,
+    config: DataConfig,
+    rng: np.random.Generator,
+) -> list[tuple[int, int]]:
+    """One window, with a prompt in front of it in `prompt_fraction` of the cases (2.3).
+
+    A prompt is whole steps of another episode of the task, at most half of the context: half of
+    them from the episode's end, half from anywhere.
+    """
+    offsets = group.seq.offsets
+    index, first = window
+    spans, budget = [], group.length
+    if len(task.episodes) > 1 and rng.random() < config.prompt_fraction:
+        other = int(rng.integers(len(task.episodes) - 1))
+        start, last = task.episodes[other + (other >= index)]
+        if rng.random() >= 0.5:
+            last = int(rng.integers(start, last)) + 1  # anywhere; otherwise the episode's end
+        begin = int(np.searchsorted(offsets, offsets[last] - group.length // 2))
+        begin = max(begin, start)
+        if begin < last:
+            spans.append((int(offsets[begin]), int(offsets[last])))
+            budget -= spans[0][1] - spans[0][0]
+    end = _window_end(offsets, first, task.episodes[index][1], budget)
+    spans.append((int(offsets[first]), int(offsets[end])))
+    return spans
+
+
+def group_batch(group: Group, config: DataConfig, rng: np.random.Generator) -> Batch:
+    """One training batch of this group."""
+    windows = sample_windows(group, config, rng)
+    num_patches = group.num_patches
+    if num_patches and _distinct_patches(group.seq, windows) > num_patches:
+        num_patches = group.max_patches  # a rare second shape; nothing is dropped
+    return make_batch(
+        group.seq, windows, group.length, group.num_targets, num_patches, config.text_loss, rng
+    )
+
+
+class Mixture:
+    """Batches by number; `iterate(start)` goes on from any of them."""
+
+    def __init__(self, groups: Sequence[Group], config: DataConfig):
+        self.groups = list(groups)
+        self.config = config
+        weights = dict(config.weights)
+        unknown = sorted(set(weights) - {g.name for g in groups})
+        if unknown:
+            raise ValueError(f"weights name {unknown}, the mixture has {[g.name for g in groups]}")
+        self._weights = [weights.get(g.name, 1.0) for g in self.groups]
+
+        def source(number: int, group: Group) -> grain.MapDataset:
+            # An endless source of batch numbers; each batch draws from its own generator.
+            return (
+                grain.MapDataset.range(1)
+                .repeat()
+                .seed(config.seed * 1000 + number)
+                .random_map(lambda _, rng, g=group: (number, group_batch(g, config, rng)))
+            )
+
+        self._dataset = grain.MapDataset.mix(
+            [source(i, g) for i, g in enumerate(self.groups)], weights=self._weights
+        )
+
+    def __getitem__(self, index: int) -> tuple[str, Batch]:
+        number, batch = self._dataset[index]
+        return self.groups[number].name, batch
+
+    def iterate(self, start: int = 0) -> Iterator[tuple[str, Batch]]:
+        """Batches from number `start` on, prepared ahead of time by one thread."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        iterator = iter(self._dataset.to_iter_dataset(options))
+        state: dict[str, Any] = iterator.get_state()
+        iterator.set_state(state | {"next_index": start})
+        for number, batch in iterator:
+            yield self.groups[number].name, batch
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One row a group: shapes, windows, weight and padding, for tables."""
+        total = sum(self._weights)
+        rows = []
+        for group, weight in zip(self.groups, self._weights, strict=True):
+            sample = [
+                sample_windows(group, self.config, np.random.default_rng([2, i])) for i in range(16)
+            ]
+            used = np.mean([sum(b - a for a, b in spans) for w in sample for spans in w])
+            rows.append(
+                {
+                    "domain": group.name,
+                    "tasks": len(group.tasks),
+                    "episodes": sum(len(t.episodes) for t in group.tasks.values()),
+                    "timesteps": group.seq.steps,
+                    "tokens": len(group.seq),
+                    "weight": weight / total,
+                    "batch": group.batch_size,
+                    "length": group.length,
+                    "targets": group.num_targets,
+                    "patches": group.num_patches,
+                    "padding": 1.0 - used / group.length,
+                }
+            )
+        return rows

@@ -1,0 +1,465 @@
+"""Episodes to flat token sequences, windows of them, and batches (paper 2.1, 2.3, App. B, C.3).
+
+One timestep is its observation tokens, a separator, then its action tokens. Observation items come
+in lexicographic order of their keys, each in row-major order; text in reading order; an image as
+16 x 16 patches in raster order. Two timesteps, token by token (`local` is the position within the
+timestep; `mask` is 1 where the token is a target):
+
+    Meta-World   s00 s01 ... s38  |  a0  a1  a2  a3      39 + 1 + 4 = 44 tokens
+      local        0   1 ...  38  -  512 512 512 512     one row for all actions, none for '|'
+      mask         0   0 ...   0  0   1   1   1   1
+
+    BabyAI       direction p00 p01 ... p15 ▁go ▁to ▁the ▁red ▁ball  |  a
+      local              0   1   2 ...  16  17  18   19   20    21  - 512
+      mask               0   0   0 ...   0   1   1    1    1     1  0   1
+
+Rewards, returns and terminations are not in the sequence. A window is cut at timestep boundaries.
+The token at position t is predicted from positions before t, so the first token of a window is
+never a target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+
+from gato_lib import tokenizers
+from gato_lib.episodes import Episode, flatten, stack_observations
+
+PATCH = 16
+PATCH_LEVELS = 128  # App. C.3: patch intervals are quantised to 128 levels an axis
+LOCAL_POSITIONS = 512  # rows for observation tokens; one more row is shared by all actions
+ACTION_POSITION = LOCAL_POSITIONS
+NO_POSITION = -1
+
+TEXT, IMAGE, DISCRETE, CONTINUOUS, SEPARATOR, ACTION, PAD = range(7)
+KIND_NAMES = ("text", "image", "discrete", "continuous", "separator", "action", "padding")
+
+
+# --- spaces ---------------------------------------------------------------------------------------
+
+
+def space_kind(space: gym.Space) -> int:
+    """TEXT, IMAGE, DISCRETE or CONTINUOUS for a leaf space.
+
+    A uint8 Box of shape (height, width, 1 | 3) is an image; any space whose samples are strings
+    is text. Raises TypeError for a space this has no rule for.
+    """
+    spaces = gym.spaces
+    if isinstance(space, spaces.Box):
+        if space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[-1] in (1, 3):
+            return IMAGE
+        return CONTINUOUS if np.issubdtype(space.dtype, np.floating) else DISCRETE
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return DISCRETE
+    if isinstance(space, spaces.Text) or isinstance(space.sample(), str):
+        return TEXT
+    raise TypeError(f"no tokens for the space {space}")
+
+
+def flatten_space(space: gym.Space, prefix: str = "") -> dict[str, gym.Space]:
+    """Leaf spaces by '/'-joined key, keys in lexicographic order."""
+    if not isinstance(space, gym.spaces.Dict):
+        return {prefix: space}
+    out: dict[str, gym.Space] = {}
+    for key in sorted(space.spaces):
+        out |= flatten_space(space[key], f"{prefix}/{key}" if prefix else key)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionSpec:
+    """How many action tokens a step has, which ids are legal, and how to decode them."""
+
+    space: gym.Space
+    discrete_range: str = "shared"
+
+    def __post_init__(self) -> None:
+        if space_kind(self.space) not in (DISCRETE, CONTINUOUS):
+            raise TypeError(f"actions must be discrete or continuous, got {self.space}")
+        if self.continuous and not np.isfinite([self.space.low, self.space.high]).all():
+            raise ValueError(f"continuous actions need finite bounds, got {self.space}")
+
+    @property
+    def continuous(self) -> bool:
+        return space_kind(self.space) == CONTINUOUS
+
+    @property
+    def num_tokens(self) -> int:
+        return int(np.prod(self.space.shape, dtype=int))
+
+    @property
+    def legal_ids(self) -> tuple[int, int]:
+        """Half-open range of the ids an action token may take."""
+        if self.continuous:
+            return tokenizers.CONTINUOUS_START, tokenizers.SEPARATOR
+        start = tokenizers.discrete_start(self.discrete_range)
+        n = self.space.n if isinstance(self.space, gym.spaces.Discrete) else tokenizers.NUM_BINS
+        return start, start + int(n)
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """Actions (T, ...) to ids (T, num_tokens). Bounds are scaled to [-1, 1], not companded."""
+        actions = np.asarray(actions).reshape(len(actions), -1)
+        if not self.continuous:
+            return tokenizers.encode_discrete(actions, discrete_range=self.discrete_range)
+        low, high = self.space.low.ravel(), self.space.high.ravel()
+        unit = (actions.astype(np.float64) - low) / (high - low) * 2.0 - 1.0
+        return tokenizers.encode_continuous(unit, companded=False)
+
+    def decode(self, ids: np.ndarray) -> Any:
+        """Ids (num_tokens,) to an action of the space."""
+        if not self.continuous:
+            value = tokenizers.decode_discrete(ids, discrete_range=self.discrete_range)
+            value = value.reshape(self.space.shape)
+            return int(value) if value.ndim == 0 else value.astype(self.space.dtype)
+        return self.decode_unit(tokenizers.decode_continuous(ids, companded=False))
+
+    def decode_unit(self, unit: np.ndarray) -> np.ndarray:
+        """Values in [-1, 1], (num_tokens,), to an action within the space's bounds."""
+        low, high = self.space.low.ravel(), self.space.high.ravel()
+        value = low + (np.asarray(unit) + 1.0) / 2.0 * (high - low)
+        return value.reshape(self.space.shape).astype(self.space.dtype)
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def patch_images(images: np.ndarray) -> np.ndarray:
+    """Images (T, H, W, 3) uint8 to patches (T, H/16 * W/16, 16, 16, 3) in raster order.
+
+    Raises ValueError where a side is not a multiple of 16.
+    """
+    t, h, w, c = images.shape
+    if h % PATCH or w % PATCH or c != 3:
+        raise ValueError(f"images of shape {images.shape[1:]}: sides must be multiples of 16, RGB")
+    x = images.reshape(t, h // PATCH, PATCH, w // PATCH, PATCH, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(t, -1, PATCH, PATCH, c)
+
+
+def patch_intervals(height: int, width: int) -> np.ndarray:
+    """Quantised [row_low, row_high, col_low, col_high) of each patch, int32 (P, 4) (App. C.3)."""
+    rows, cols = height // PATCH, width // PATCH
+    row_ends = np.round(np.arange(rows + 1) / rows * PATCH_LEVELS).astype(np.int32)
+    col_ends = np.round(np.arange(cols + 1) / cols * PATCH_LEVELS).astype(np.int32)
+    r, c = np.divmod(np.arange(rows * cols), cols)
+    return np.stack([row_ends[r], row_ends[r + 1], col_ends[c], col_ends[c + 1]], axis=1)
+
+
+def patch_positions(
+    intervals: np.ndarray, rng: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column indices in [0, 128) for intervals (..., 4).
+
+    Training (`rng` given): drawn uniformly from each interval, anew at every call. Evaluation:
+    the rounded mean of the interval (App. C.3).
+    """
+    low, high = intervals[..., 0::2], intervals[..., 1::2]
+    if rng is None:
+        index = np.round((low + high) / 2).astype(np.int32)
+    else:
+        index = low + (rng.random(low.shape) * (high - low)).astype(np.int32)
+    index = np.minimum(index, PATCH_LEVELS - 1)
+    return index[..., 0], index[..., 1]
+
+
+# --- sequences ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class TokenSequence:
+    """Parallel arrays over L tokens, and the patches they point at.
+
+    Attributes:
+      ids: int32 (L,), the paper's ids; 0 at image tokens.
+      kinds: uint8 (L,), TEXT ... ACTION.
+      local: int32 (L,), local position; NO_POSITION for the separator.
+      patch: int32 (L,), index into `patches`; -1 where the token is no image patch.
+      intervals: int32 (L, 4), patch intervals; zeros elsewhere.
+      patches: uint8 (P, 16, 16, 3), distinct patches only.
+      offsets: int64 (T + 1,), where each timestep's tokens start; the last one is L.
+    """
+
+    ids: np.ndarray
+    kinds: np.ndarray
+    local: np.ndarray
+    patch: np.ndarray
+    intervals: np.ndarray
+    patches: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        return len(self.offsets) - 1
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def loss_mask(self, text_loss: bool = True) -> np.ndarray:
+        """1 for text and actions, 0 for everything else (2.3), bool (L,)."""
+        mask = self.kinds == ACTION
+        return mask | (self.kinds == TEXT) if text_loss else mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Tokenizes the observations and actions of one environment's spaces."""
+
+    observation_space: gym.Space
+    action_space: gym.Space
+    text: tokenizers.TextTokenizer | None = None
+    discrete_range: str = "shared"
+
+    @property
+    def action_spec(self) -> ActionSpec:
+        return ActionSpec(self.action_space, self.discrete_range)
+
+    def episode(self, episode: Episode) -> TokenSequence:
+        """All T timesteps of an episode; the observation after the last action is not used."""
+        leaves = {k: v[: episode.steps] for k, v in flatten(episode.observations).items()}
+        return self._sequence(leaves, self.action_spec.encode(episode.actions))
+
+    def steps(self, observations: Sequence[Any], action_ids: np.ndarray) -> TokenSequence:
+        """Timesteps given one by one, with action ids (T, num_tokens), as when acting."""
+        return self._sequence(flatten(stack_observations(observations)), action_ids)
+
+    def _sequence(self, leaves: dict[str, Any], actions: np.ndarray) -> TokenSequence:
+        spaces = flatten_space(self.observation_space)
+        if set(leaves) != set(spaces):
+            raise ValueError(f"observation keys {sorted(leaves)}, expected {sorted(spaces)}")
+        t = len(actions)
+        blocks = [self._leaf(key, spaces[key], leaves[key], t) for key in spaces]
+        observed = sum(b.lengths for b in blocks)
+        if t and observed.max() > LOCAL_POSITIONS:
+            raise ValueError(
+                f"a timestep has {observed.max()} observation tokens, at most {LOCAL_POSITIONS} "
+                "have a local position"
+            )
+        offsets = np.concatenate([[0], np.cumsum(observed + 1 + actions.shape[1])])
+        total = int(offsets[-1])
+        seq = TokenSequence(
+            ids=np.zeros(total, np.int32),
+            kinds=np.full(total, SEPARATOR, np.uint8),
+            local=np.full(total, NO_POSITION, np.int32),
+            patch=np.full(total, -1, np.int32),
+            intervals=np.zeros((total, 4), np.int32),
+            patches=np.zeros((0, PATCH, PATCH, 3), np.uint8),
+            offsets=offsets,
+        )
+        before = np.zeros(t, np.int64)  # observation tokens already placed in each step
+        patches = []
+        for block in blocks:
+            within = _ranges(block.lengths)
+            local = np.repeat(before, block.lengths) + within
+            where = np.repeat(offsets[:-1], block.lengths) + local
+            seq.ids[where] = block.ids
+            seq.kinds[where] = block.kind
+            seq.local[where] = local
+            if block.patches is not None:
+                seq.patch[where] = sum(map(len, patches)) + np.arange(len(where))
+                seq.intervals[where] = np.tile(block.intervals, (t, 1))
+                patches.append(block.patches)
+            before += block.lengths
+        seq.ids[offsets[:-1] + before] = tokenizers.SEPARATOR
+        where = (offsets[:-1] + before)[:, None] + 1 + np.arange(actions.shape[1])
+        seq.ids[where] = actions
+        seq.kinds[where] = ACTION
+        seq.local[where] = ACTION_POSITION
+        if patches:
+            distinct, index = _distinct(np.concatenate(patches))
+            seq.patches = distinct
+            image = seq.patch >= 0
+            seq.patch[image] = index[seq.patch[image]]
+        return seq
+
+    def _leaf(self, key: str, space: gym.Space, values: Any, t: int) -> _Block:
+        kind = space_kind(space)
+        if kind == TEXT:
+            if self.text is None:
+                raise ValueError(f"observation {key!r} is text, but there is no text tokenizer")
+            known = {text: self.text.encode(text) for text in set(values)}
+            pieces = [known[text] for text in values]
+            ids = np.array([i for p in pieces for i in p], np.int32)
+            return _Block(kind, ids, np.array([len(p) for p in pieces], np.int64))
+        values = np.asarray(values)
+        if values.shape != (t, *space.shape):
+            raise ValueError(
+                f"observation {key!r} has shape {values.shape[1:]}, expected {space.shape}"
+            )
+        if kind == IMAGE:
+            if values.dtype != np.uint8:
+                raise ValueError(f"observation {key!r} has dtype {values.dtype}, expected uint8")
+            if space.shape[-1] == 1:
+                values = np.repeat(values, 3, axis=-1)
+            x = patch_images(values)
+            intervals = patch_intervals(*values.shape[1:3])
+            n = x.shape[1]
+            flat = x.reshape(-1, PATCH, PATCH, 3)
+            lengths = np.full(t, n, np.int64)
+            return _Block(kind, np.zeros(t * n, np.int32), lengths, flat, intervals)
+        values = values.reshape(t, -1)
+        try:
+            if kind == DISCRETE:
+                ids = tokenizers.encode_discrete(values, discrete_range=self.discrete_range)
+            else:
+                ids = tokenizers.encode_continuous(values, companded=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"observation {key!r}: {error}") from error
+        return _Block(kind, ids.ravel(), np.full(t, values.shape[1], np.int64))
+
+
+class _Block(NamedTuple):
+    """One leaf's tokens for all steps, step after step."""
+
+    kind: int
+    ids: np.ndarray
+    lengths: np.ndarray
+    patches: np.ndarray | None = None
+    intervals: np.ndarray | None = None
+
+
+def _ranges(lengths: np.ndarray) -> np.ndarray:
+    """[2, 3] -> [0, 1, 0, 1, 2]."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+
+
+def _distinct(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct patches and, for each input patch, its index among them.
+
+    Simulated frames repeat patches (floor, darkness), and the patch embedding depends on pixels
+    only, so each distinct patch need be embedded once. Compared by a 64-bit hash, then verified.
+    """
+    words = np.ascontiguousarray(patches).reshape(len(patches), -1).view(np.uint64)
+    factors = np.random.default_rng(0).integers(1, 2**63, words.shape[1], dtype=np.uint64) | 1
+    mixed = (words ^ (words >> np.uint64(29))) * factors
+    keys = (mixed ^ (mixed >> np.uint64(32))).sum(axis=1, dtype=np.uint64)
+    _, first, index = np.unique(keys, return_index=True, return_inverse=True)
+    if not np.array_equal(words[first][index], words):  # a collision: compare the bytes
+        _, first, index = np.unique(words, axis=0, return_index=True, return_inverse=True)
+    return patches[first], index.ravel().astype(np.int32)
+
+
+def concatenate(sequences: Sequence[TokenSequence]) -> TokenSequence:
+    """Join sequences; patches equal between them are kept once."""
+    counts = np.cumsum([0] + [len(s.patches) for s in sequences])
+    shifted = [
+        np.where(s.patch >= 0, s.patch + n, -1) for s, n in zip(sequences, counts, strict=False)
+    ]
+    starts = np.cumsum([0] + [len(s) for s in sequences])
+    patches, patch = np.concatenate([s.patches for s in sequences]), np.concatenate(shifted)
+    if len(patches):
+        patches, index = _distinct(patches)
+        patch = np.where(patch >= 0, index[patch], -1)
+    return TokenSequence(
+        ids=np.concatenate([s.ids for s in sequences]),
+        kinds=np.concatenate([s.kinds for s in sequences]),
+        local=np.concatenate([s.local for s in sequences]),
+        patch=patch.astype(np.int32),
+        intervals=np.concatenate([s.intervals for s in sequences]),
+        patches=patches,
+        offsets=np.concatenate(
+            [s.offsets[:-1] + n for s, n in zip(sequences, starts, strict=False)] + [[starts[-1]]]
+        ).astype(np.int64),
+    )
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What the network is given: B sequences of T tokens, Q distinct patches, K targets each.
+
+    Attributes:
+      ids, local: int32 (B, T).
+      patch: int32 (B, T), index into `patches`; Q where the token is no image patch.
+      rows, cols: int32 (B, T), patch positions in [0, 128).
+      patches: uint8 (Q, 16, 16, 3).
+      target_positions: int32 (B, K), the position that predicts the target: its own minus one.
+      target_ids: int32 (B, K).
+      target_weights: float32 (B, K), 1 for a target, 0 for an unused slot.
+    """
+
+    ids: np.ndarray
+    local: np.ndarray
+    patch: np.ndarray
+    rows: np.ndarray
+    cols: np.ndarray
+    patches: np.ndarray
+    target_positions: np.ndarray
+    target_ids: np.ndarray
+    target_weights: np.ndarray
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens that are not padding. Padding has id 0 and no position; a separator has its id."""
+    return int(((batch.local != NO_POSITION) | (batch.ids == tokenizers.SEPARATOR)).sum())
+
+
+def make_batch(
+    seq: TokenSequence,
+    windows: Sequence[Sequence[tuple[int, int]]],
+    length: int,
+    num_targets: int,
+    num_patches: int,
+    text_loss: bool = True,
+    rng: np.random.Generator | None = None,
+) -> Batch:
+    """Cut windows out of one long sequence into fixed shapes.
+
+    Args:
+      seq: a sequence holding all windows.
+      windows: for each row of the batch, spans (first, last) of tokens, half-open, joined in
+        order; a prompt is a first span. The rest of the row is padding.
+      length: T. num_targets: K. num_patches: Q.
+      rng: draws patch positions (training); None takes interval means (evaluation).
+
+    Raises ValueError where a row needs more than T tokens or K targets, or the batch more than Q
+    distinct patches: nothing is dropped.
+    """
+    b = len(windows)
+    take = np.full((b, length), -1, np.int64)
+    for row, spans in enumerate(windows):
+        n = 0
+        for first, last in spans:
+            m = n + last - first
+            if m > length:
+                raise ValueError(f"row {row} needs {m} tokens or more, the shape holds {length}")
+            take[row, n:m] = np.arange(first, last)
+            n = m
+    used = take >= 0
+    at = lambda x, fill: np.where(used, x[take], np.asarray(fill, x.dtype))  # noqa: E731
+    ids, kinds = at(seq.ids, 0), at(seq.kinds, PAD)
+    local, patch = at(seq.local, NO_POSITION), at(seq.patch, -1)
+
+    target = (kinds == ACTION) | ((kinds == TEXT) & text_loss)
+    target[:, 0] = False  # nothing comes before it
+    counts = target.sum(axis=1)
+    if counts.max(initial=0) > num_targets:
+        raise ValueError(f"a row has {counts.max()} targets, the shape holds {num_targets}")
+    rows_, cols_ = np.nonzero(target)
+    slots = _ranges(counts)
+    positions = np.zeros((b, num_targets), np.int32)
+    target_ids = np.zeros((b, num_targets), np.int32)
+    weights = np.zeros((b, num_targets), np.float32)
+    positions[rows_, slots] = cols_ - 1
+    target_ids[rows_, slots] = ids[rows_, cols_]
+    weights[rows_, slots] = 1.0
+
+    image = patch >= 0
+    distinct, index = np.unique(patch[image], return_inverse=True)
+    if len(distinct) > num_patches:
+        raise ValueError(f"{len(distinct)} distinct patches, the shape holds {num_patches}")
+    slot = np.full((b, length), num_patches, np.int32)
+    slot[image] = index
+    patches = np.zeros((num_patches, PATCH, PATCH, 3), np.uint8)
+    patches[: len(distinct)] = seq.patches[distinct]
+    patch_rows = np.zeros((b, length), np.int32)
+    patch_cols = np.zeros((b, length), np.int32)
+    if image.any():
+        r, c = patch_positions(seq.intervals[take[image]], rng)
+        patch_rows[image], patch_cols[image] = r, c
+    return Batch(ids, local, slot, patch_rows, patch_cols, patches, positions, target_ids, weights)

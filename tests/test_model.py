@@ -1,0 +1,255 @@
+"""The network: counts, causality, padding, batching, modes, loss."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gato_lib import sequence as sq
+from gato_lib import tokenizers as tk
+from gato_lib.config import MODEL_SIZES, ConfigError, ModelConfig, model_config
+from gato_lib.embedding import num_rows, table_row, value_features
+from gato_lib.episodes import Episode
+from gato_lib.model import Gato, count_parameters, cross_entropy, masked_loss
+from gato_lib.training import graph_of, initial_state, merge
+from gato_lib.transformer import relative_features, relative_shift
+
+TINY = ModelConfig(2, 2, 32, 64, 16, text_rows=1024, stochastic_depth=0.0)
+
+
+@pytest.fixture(scope="module")
+def gato():
+    return Gato(TINY, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Three steps of an image, two numbers, a discrete value and two actions; rows differ."""
+    space = gym.spaces.Dict(
+        {
+            "image": gym.spaces.Box(0, 255, (32, 32, 3), np.uint8),
+            "number": gym.spaces.Box(-1, 1, (2,), np.float32),
+            "switch": gym.spaces.Discrete(3),
+        }
+    )
+    rng = np.random.default_rng(0)
+    t = 6
+    episode = Episode(
+        "t/x",
+        {
+            "image": rng.integers(0, 255, (t + 1, 32, 32, 3), dtype=np.uint8),
+            "number": rng.uniform(-1, 1, (t + 1, 2)).astype(np.float32),
+            "switch": rng.integers(0, 3, t + 1),
+        },
+        rng.uniform(-1, 1, (t, 2)).astype(np.float32),
+        np.zeros((t, 2), np.float32),
+        np.zeros(t),
+        True,
+        0,
+    )
+    tokenizer = sq.Tokenizer(space, gym.spaces.Box(-1, 1, (2,), np.float32))
+    tokens = tokenizer.episode(episode)  # 4 + 2 + 1 + 1 + 2 = 10 tokens a step
+    windows = [[(10 * i, 10 * i + 30)] for i in range(4)]
+    return sq.make_batch(tokens, windows, 30, 6, 24)
+
+
+def test_published_totals():
+    published = {"1.18B": 1.18e9, "364M": 364e6, "79M": 79e6}
+    for size, total in published.items():
+        counted = count_parameters(MODEL_SIZES[size])["total"]
+        assert abs(counted / total - 1) < 0.01, (size, counted)
+
+
+def test_counted_is_allocated(gato):
+    allocated = sum(x.size for x in jax.tree.leaves(nnx.state(gato, nnx.Param)))
+    assert count_parameters(TINY)["total"] == allocated
+
+
+@pytest.mark.parametrize("position", [0, 3, 6, 7, 8, 15, 29])
+def test_causality(gato, batch, position):
+    """Changing token t leaves everything before it bit-identical, and changes t itself."""
+    hidden = jax.jit(lambda b: gato.hidden(b))
+    ids, patch = batch.ids.copy(), batch.patch.copy()
+    if patch[0, position] < 24:
+        patch[0, position] = (patch[0, position] + 1) % 24
+    else:
+        ids[0, position] = 32001 if ids[0, position] != 32001 else 32002
+    before, after = hidden(batch), hidden(batch._replace(ids=ids, patch=patch))
+    np.testing.assert_array_equal(before[0, :position], after[0, :position])
+    assert np.abs(before[0, position:] - after[0, position:]).max(axis=-1).min() > 0
+    np.testing.assert_array_equal(before[1:], after[1:])
+
+
+def test_a_target_is_predicted_without_being_seen(gato, batch):
+    logits = jax.jit(lambda b: gato.target_logits(b))
+    last = batch.target_positions[0, 5] + 1
+    assert batch.ids[0, last] == batch.target_ids[0, 5] and last == 29
+    ids = batch.ids.copy()
+    ids[0, last] = 32000 + (ids[0, last] - 31000) % 1024
+    np.testing.assert_array_equal(logits(batch)[:6], logits(batch._replace(ids=ids))[:6])
+
+
+def test_batch_of_four_equals_four_batches_of_one(gato, batch):
+    together = gato.hidden(batch)
+    for i in range(4):
+        alone = batch._replace(
+            **{k: getattr(batch, k)[i : i + 1] for k in ("ids", "local", "patch", "rows", "cols")}
+        )
+        np.testing.assert_allclose(gato.hidden(alone)[0], together[i], atol=1e-5)
+
+
+def test_padding_changes_nothing(gato, batch):
+    pad = lambda x, fill: np.pad(x, ((0, 0), (0, 11)), constant_values=fill)  # noqa: E731
+    padded = batch._replace(
+        ids=pad(batch.ids, 0),
+        local=pad(batch.local, -1),
+        patch=pad(batch.patch, 24),
+        rows=pad(batch.rows, 0),
+        cols=pad(batch.cols, 0),
+    )
+    np.testing.assert_allclose(gato.hidden(padded)[:, :30], gato.hidden(batch), atol=1e-5)
+    np.testing.assert_allclose(masked_loss(gato, padded), masked_loss(gato, batch), atol=1e-5)
+
+
+def test_unused_target_slots_and_patch_slots_count_for_nothing(gato, batch):
+    wide = batch._replace(
+        target_positions=np.pad(batch.target_positions, ((0, 0), (0, 3))),
+        target_ids=np.pad(batch.target_ids, ((0, 0), (0, 3))),
+        target_weights=np.pad(batch.target_weights, ((0, 0), (0, 3))),
+        patches=np.pad(batch.patches, ((0, 8), (0, 0), (0, 0), (0, 0)), constant_values=7),
+        patch=np.where(batch.patch == 24, 32, batch.patch),
+    )
+    np.testing.assert_allclose(masked_loss(gato, wide), masked_loss(gato, batch), rtol=1e-6)
+
+
+def test_training_and_evaluation_modes(batch):
+    config = dataclasses.replace(TINY, stochastic_depth=0.5)
+    model = Gato(config, rngs=nnx.Rngs(0))
+    key = jax.random.key(0)
+    evaluation = model.hidden(batch)
+    np.testing.assert_array_equal(evaluation, model.hidden(batch))
+    assert not np.allclose(evaluation, model.hidden(batch, key))
+    assert np.isfinite(masked_loss(model, batch, key))
+
+
+def test_relative_shift_by_hand():
+    # Column m of the input scores distance T - 1 - m; entry [i, j] must score distance i - j.
+    t = 4
+    by_distance = jnp.broadcast_to(jnp.arange(t - 1, -1, -1.0), (1, 1, t, t))
+    shifted = np.asarray(relative_shift(by_distance))[0, 0]
+    expected = [[0, None, None, None], [1, 0, None, None], [2, 1, 0, None], [3, 2, 1, 0]]
+    for i in range(t):
+        for j in range(i + 1):
+            assert shifted[i, j] == expected[i][j]
+    assert relative_features(4, 8)[3].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]  # distance 0
+
+
+def test_attention_equals_the_formula_written_out(gato):
+    """score(i, j) = (q_i + u) k_j + (q_i + w) W R(i - j), one pair at a time, j <= i."""
+    attention = nnx.clone(gato.transformer.blocks[0].attention)
+    for seed, name in enumerate(("content_bias", "distance_bias")):
+        setattr(attention, name, nnx.Param(jax.random.normal(jax.random.key(seed), (2, 16))))
+    t = 5
+    x = jax.random.normal(jax.random.key(2), (1, t, 32))
+    q, k, v = np.asarray(attention.qkv(x[0])).reshape(t, 3, 2, 16).transpose(1, 0, 2, 3)
+    u, w = np.asarray(attention.content_bias[...]), np.asarray(attention.distance_bias[...])
+    frequency = 10_000.0 ** (-np.arange(0, 32, 2) / 32)
+    y = np.zeros((t, 2, 16))
+    for head in range(2):
+        for i in range(t):
+            scores = []
+            for j in range(i + 1):
+                angle = (i - j) * frequency
+                r = np.concatenate([np.sin(angle), np.cos(angle)])
+                r = np.asarray(attention.relative(jnp.asarray(r, jnp.float32)[None]))
+                r = r.reshape(2, 16)[head]
+                content = (q[i, head] + u[head]) @ k[j, head]
+                scores.append((content + (q[i, head] + w[head]) @ r) / 4.0)
+            p = np.exp(scores) / np.exp(scores).sum()
+            y[i, head] = sum(p[j] * v[j, head] for j in range(i + 1))
+    expected = attention.out(jnp.asarray(y.reshape(t, 32), jnp.float32))
+    np.testing.assert_allclose(attention(x)[0], expected, atol=1e-5)
+
+
+def test_table_rows():
+    ids = np.array([0, 999, 32000, 33023, 33024])
+    assert table_row(ids, TINY).tolist() == [0, 999, 1024, 2047, 2048]
+    assert num_rows(TINY) == 2049
+    paper = MODEL_SIZES["79M"]
+    assert table_row(ids, paper).tolist() == ids.tolist() and num_rows(paper) == tk.VOCABULARY
+    own = dataclasses.replace(TINY, discrete_range="own")
+    assert table_row(np.array([33025, 34048]), own).tolist() == [2049, 3072]
+    assert num_rows(own) == 3073
+
+
+def test_ordinal_rows_start_like_their_neighbours():
+    rows = value_features(64)
+    near = np.sum(rows[500] * rows[501]) / np.sum(rows[500] ** 2)
+    far = np.sum(rows[500] * rows[800]) / np.sum(rows[500] ** 2)
+    assert near > 0.95 and abs(far) < 0.5
+    model = Gato(dataclasses.replace(TINY, value_rows="ordinal"), rngs=nnx.Rngs(0))
+    table = np.asarray(model.embedding.table[...])
+    np.testing.assert_allclose(table[1024:2048], value_features(32), rtol=1e-6)
+    assert abs(table[:1024].std() / table[1024:2048].std() - 1) < 0.05
+
+
+def test_cross_entropy():
+    logits = jnp.zeros((2, 2049))
+    ids = np.array([5, 32100])
+    for sigma in (0.0, 3.0):  # uniform logits cost log V whatever the target's shape
+        np.testing.assert_allclose(cross_entropy(logits, ids, TINY, sigma), np.log(2049), rtol=1e-5)
+    peaked = logits.at[1, 1024 + 100].set(20.0).at[0, 5].set(20.0)
+    hard, soft = (np.asarray(cross_entropy(peaked, ids, TINY, s)) for s in (0.0, 3.0))
+    assert hard.max() < 0.01
+    assert soft[0] < 0.01 and soft[1] > 10  # a text target stays one-hot; a value's is spread
+
+
+def test_soft_targets_by_hand():
+    # sigma = 1 around bin 0: weights exp(0), exp(-1/2), exp(-2), ... cut off below bin 0.
+    logits = jax.random.normal(jax.random.key(0), (1, 2049))
+    log_p = np.asarray(jax.nn.log_softmax(logits))[0, 1024:]
+    weights = np.exp(-0.5 * np.arange(20) ** 2)
+    expected = -(weights * log_p[:20]).sum() / weights.sum()
+    np.testing.assert_allclose(
+        cross_entropy(logits, np.array([32000]), TINY, 1.0)[0], expected, rtol=1e-5
+    )
+
+
+def test_gradients_reach_every_parameter(batch):
+    state = initial_state(TINY, _train_config())
+    graph = graph_of(TINY)
+    grads = jax.grad(lambda p: masked_loss(merge(graph, p), batch))(state["params"])
+    silent = [
+        jax.tree_util.keystr(path)
+        for path, g in jax.tree.leaves_with_path(grads)
+        if not np.any(np.asarray(g))
+    ]
+    assert silent == []
+
+
+def _train_config():
+    from gato_lib.config import TrainConfig
+
+    return TrainConfig(steps=10, warmup_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"value_rows": "sorted"}, "value_rows is 'sorted'"),
+        ({"text_rows": 10}, "text_rows is 10"),
+        ({"depht": 3}, r"unknown key \['depht'\]"),
+        ({"stochastic_depth": 1.0}, "stochastic_depth"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        model_config("79M", **changes)
+    with pytest.raises(ConfigError, match="unknown model size '80M'"):
+        model_config("80M")
