@@ -1,0 +1,174 @@
+"""Acting: observations in, legal action tokens out, one at a time (paper 2.4).
+
+The window holds a prompt, if any, and the latest whole timesteps that fit the context. Every
+action token is chosen from a full forward pass over that window, which is the function that was
+trained; nothing is cached yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gato_lib import tokenizers
+from gato_lib.config import ModelConfig
+from gato_lib.embedding import table_row
+from gato_lib.episodes import Episode, select
+from gato_lib.sequence import Batch, Tokenizer, make_batch
+from gato_lib.training import graph_of, merge
+
+CHOICES = ("sample", "greedy", "mean")
+
+
+class History:
+    """What one environment's agent has seen and done in this episode.
+
+    `prompt`, if any, is a demonstration (observations, action ids) whose steps stay at the front of
+    the window for the whole episode.
+    """
+
+    def __init__(self, seed: int, prompt: tuple[list[Any], list[np.ndarray]] | None = None):
+        self.observations: list[Any] = []
+        self.action_ids: list[np.ndarray] = []
+        self.prompt = prompt or ([], [])
+        self.rng = np.random.default_rng(seed)
+
+
+class Agent:
+    """A trained network and how it chooses.
+
+    Args:
+      continuous, discrete: "sample" (temperature 1), "greedy", or, for continuous actions,
+        "mean": the mean of the bin distribution, rounded to a bin.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        text: tokenizers.TextTokenizer | None,
+        context_length: int,
+        *,
+        continuous: str = "sample",
+        discrete: str = "sample",
+    ):
+        if continuous not in CHOICES:
+            raise ValueError(f"continuous is {continuous!r}, expected one of {CHOICES}")
+        if discrete not in CHOICES[:2]:
+            raise ValueError(f"discrete is {discrete!r}, expected one of {CHOICES[:2]}")
+        self.config, self.params, self.text = config, params, text
+        self.context_length = context_length
+        self.continuous, self.discrete = continuous, discrete
+        self._graph = graph_of(config)
+
+    def tokenizer(self, env) -> Tokenizer:
+        return Tokenizer(
+            env.observation_space, env.action_space, self.text, self.config.discrete_range
+        )
+
+    def prompt(
+        self, tokenizer: Tokenizer, demonstration: Episode, where: str
+    ) -> tuple[list[Any], list[np.ndarray]]:
+        """The first ("start") or last ("end") whole steps of a demonstration.
+
+        As many as fit half of the context, as in training; possibly none.
+        """
+        if where not in ("start", "end"):
+            raise ValueError(f"prompt is {where!r}, expected 'start' or 'end'")
+        seq = tokenizer.episode(demonstration)
+        half = self.context_length // 2
+        if where == "start":
+            chosen = range(int(np.searchsorted(seq.offsets, half, side="right")) - 1)
+        else:
+            first = int(np.searchsorted(seq.offsets, seq.offsets[-1] - half))
+            chosen = range(first, seq.steps)
+        ids = tokenizer.action_spec.encode(demonstration.actions)
+        observations = [select(demonstration.observations, i) for i in chosen]
+        return observations, [ids[i] for i in chosen]
+
+    def act(self, tokenizer: Tokenizer, histories: Sequence[History]) -> list[Any]:
+        """An action for each history, whose last observation has no action yet.
+
+        All histories share `tokenizer`'s spaces. Chosen ids are appended to the histories.
+        """
+        spec = tokenizer.action_spec
+        blank = np.full(spec.num_tokens, spec.legal_ids[0], np.int32)
+        # The most live steps any window can hold, judged by the newest step of the first history.
+        newest = len(tokenizer.steps(histories[0].observations[-1:], blank[None]))
+        most = self.context_length // newest + 2
+        observations, actions, counts = [], [], []
+        for h in histories:
+            live = min(len(h.observations), most)
+            observations += h.prompt[0] + h.observations[-live:]
+            actions += h.prompt[1] + [*h.action_ids, blank][-live:]
+            counts.append((len(h.prompt[0]), live))
+        seq = tokenizer.steps(observations, np.stack(actions))
+        windows, separators, last = [], [], 0
+        for prompted, live in counts:
+            begin, first = last, last + prompted
+            last = first + live
+            at = seq.offsets
+            budget = self.context_length - (at[first] - at[begin])
+            while at[last] - at[first] > budget:  # the oldest live steps leave the window
+                first += 1
+            spans = [(int(at[begin]), int(at[begin + prompted])), (int(at[first]), int(at[last]))]
+            windows.append(spans)
+            separators.append(sum(b - a for a, b in spans) - spec.num_tokens - 1)
+        rows_padded = _bucket(len(windows))
+        windows += [[(0, 0)]] * (rows_padded - len(windows))
+        length = max(sum(b - a for a, b in spans) for spans in windows)
+        length = min(-(-length // 8) * 8, self.context_length)
+        batch = make_batch(seq, windows, length, length, _patch_bucket(len(seq.patches)))
+        low, high = spec.legal_ids
+        choice = self.continuous if spec.continuous else self.discrete
+        noise = np.zeros((rows_padded, spec.num_tokens, high - low), np.float32)
+        if choice == "sample":
+            for i, h in enumerate(histories):
+                noise[i] = h.rng.gumbel(size=noise.shape[1:])
+        starts = np.zeros(rows_padded, np.int32)
+        starts[: len(separators)] = separators
+        ids = _choose(
+            self._graph, self.config, low, high, choice, self.params, batch, starts, noise
+        )
+        chosen = np.asarray(ids)[: len(histories)]
+        for h, row in zip(histories, chosen, strict=True):
+            h.action_ids.append(row)
+        return [spec.decode(row) for row in chosen]
+
+
+def _bucket(n: int) -> int:
+    """Round up to 1, 2, 4 or a multiple of 8, so that few shapes are compiled."""
+    return 1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8
+
+
+def _patch_bucket(n: int) -> int:
+    """As `_bucket`, but coarser, since the number of distinct patches changes at every step."""
+    return -(-n // 64) * 64
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _choose(graph, config, low, high, choice, params, batch: Batch, separators, noise):
+    """Choose num_tokens ids for each row, each given those before it: int32 (B, A)."""
+    model = merge(graph, params)
+    start = int(table_row(np.int32(low), config))
+    centres = jnp.arange(high - low, dtype=jnp.float32)
+
+    def body(i, ids):
+        h = model.hidden(batch._replace(ids=ids))
+        h = jnp.take_along_axis(h, (separators + i)[:, None, None], axis=1)[:, 0]
+        logits = model.embedding.logits(h)[:, start : start + high - low]  # only legal ids
+        if choice == "mean":
+            pick = jnp.round(jax.nn.softmax(logits, axis=-1) @ centres).astype(jnp.int32)
+        else:
+            pick = jnp.argmax(logits + noise[:, i], axis=-1).astype(jnp.int32)
+        row = jnp.arange(ids.shape[0])
+        return ids.at[row, separators + i + 1].set(pick + low)
+
+    count = noise.shape[1]
+    ids = jax.lax.fori_loop(0, count, body, jnp.asarray(batch.ids))
+    return jnp.take_along_axis(ids, separators[:, None] + 1 + jnp.arange(count)[None], axis=1)

@@ -1,0 +1,76 @@
+"""Checkpoints with orbax: parameters, optimiser state and step, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from gato_lib.episodes import write_text
+
+
+class Checkpointer:
+    """Keeps the last `keep` checkpoints of a run in `folder`, and its settings in meta.json.
+
+    A kill during a save leaves the previous checkpoint as the latest; what it left behind is
+    removed at the next start.
+    """
+
+    def __init__(self, folder: str | os.PathLike, meta: dict[str, Any], keep: int = 2):
+        self.folder = pathlib.Path(folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for partial in (self.folder / "steps").glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        path = self.folder / "meta.json"
+        if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(meta)):
+            raise ValueError(f"{path}: the run there has other settings; choose another folder")
+        write_text(path, json.dumps(meta, indent=1, sort_keys=True))
+        self._manager = ocp.CheckpointManager(
+            self.folder / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, counters: dict[str, int]) -> None:
+        """Start saving arrays and a few integers; the previous save is finished first."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), counters=ocp.args.JsonSave(counters)
+            ),
+        )
+
+    def restore(self, state: Any) -> tuple[int, Any, dict[str, int]]:
+        """(step, state, counters) of the latest checkpoint, shaped and typed like `state`.
+
+        Raises FileNotFoundError where there is none.
+        """
+        step = self.latest()
+        if step is None:
+            raise FileNotFoundError(f"{self.folder}: no checkpoint")
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), counters=ocp.args.JsonRestore()
+            ),
+        )
+        return step, restored.state, restored.counters
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
+    """Settings of the run in `folder`; raises FileNotFoundError where there is none."""
+    path = pathlib.Path(folder) / "meta.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no trained agent there")
+    return json.loads(path.read_text())

@@ -1,0 +1,288 @@
+"""Rollouts and scores (paper 4.1, section 7 of the appendix's protocol).
+
+A score is normalised per task: 0 is a random policy, 1 is the task's expert. Both references are
+measured by `measure_references` and committed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import multiprocessing
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gato_lib import domains
+from gato_lib.agent import Agent, History
+from gato_lib.collection import episode_score
+from gato_lib.episodes import Episode, write_text
+
+
+def normalized_score(score: float, random: float, expert: float) -> float:
+    """(score - random) / (expert - random): 0.0 is random, 1.0 is expert.
+
+    Raises ValueError where expert <= random: such a task has no scale and is left out of means,
+    never scored 1.
+    """
+    if not expert > random:
+        raise ValueError(f"expert {expert} does not beat random {random}: no scale to normalise by")
+    return (score - random) / (expert - random)
+
+
+def episode_seed(task: str, seed: int, index: int) -> int:
+    """Evaluation seeds lie in [2**30, 2**31): never one that demonstrations were collected with."""
+    digest = hashlib.sha256(f"evaluation {task} {seed} {index}".encode()).digest()
+    return 2**30 + int.from_bytes(digest[:4], "little") % 2**30
+
+
+@dataclasses.dataclass
+class _Lane:
+    """One environment that plays one task's episodes, one after another."""
+
+    task: str
+    env: Any
+    queue: list[int]
+    index: int = -1
+    history: History | None = None
+    rewards: list[float] = dataclasses.field(default_factory=list)
+    success: bool = False
+
+    def start(self, seed: int, make_prompt: Callable) -> bool:
+        """Begin the next episode; False where none is left."""
+        if not self.queue:
+            self.env.close()
+            return False
+        self.index = self.queue.pop(0)
+        reset_seed = episode_seed(self.task, seed, self.index)
+        observation, _ = self.env.reset(seed=reset_seed)
+        self.history = History(reset_seed, make_prompt(self.task, reset_seed))
+        self.history.observations.append(observation)
+        self.rewards, self.success = [], False
+        return True
+
+    def step(self, action: Any) -> bool:
+        """Apply an action; True where the episode is over."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.history.observations.append(observation)
+        self.rewards.append(float(reward))
+        self.success |= bool(info.get("success", terminated and reward > 0))
+        return terminated or truncated
+
+
+EPISODE_COLUMNS = ("task", "seed", "index", "score", "success", "steps")
+
+
+def rollouts(
+    agent: Agent,
+    tasks: Sequence[str],
+    episodes: int,
+    seed: int,
+    path: str | os.PathLike | None = None,
+    lanes: int = 4,
+    demonstrations: Callable[[str], Sequence[Episode]] | None = None,
+    prompt: str = "none",
+) -> Iterator[pd.DataFrame]:
+    """Play `episodes` of each task, yielding the table of finished episodes as it grows.
+
+    Environments of a domain act in one batch, `lanes` a task. With `path`, finished episodes are
+    kept there and a second call goes on from them. Each episode depends on task, seed and index
+    alone. `prompt` is "none", or the "start" or "end" of a demonstration of the task, drawn anew
+    for each episode from `demonstrations(task)`.
+    """
+    if prompt != "none" and demonstrations is None:
+        raise ValueError(f"prompt {prompt!r} needs demonstrations")
+    known: dict[str, Sequence[Episode]] = {}
+
+    def make_prompt(task: str, reset_seed: int):
+        if prompt == "none":
+            return None
+        if task not in known:
+            known[task] = demonstrations(task)
+        return agent.prompt(tokenizer, known[task][reset_seed % len(known[task])], prompt)
+
+    done = pd.DataFrame(columns=EPISODE_COLUMNS)
+    if path is not None and pathlib.Path(path).is_file():
+        done = pd.read_csv(path)
+        done = done[done.task.isin(tasks) & (done.seed == seed) & (done["index"] < episodes)]
+    rows = done.to_dict("records")
+    finished = {(r["task"], r["index"]) for r in rows}
+    for domain in dict.fromkeys(domains.TASKS[t].domain for t in tasks):
+        active = []
+        for task in (t for t in tasks if domains.TASKS[t].domain == domain):
+            left = [i for i in range(episodes) if (task, i) not in finished]
+            for lane in range(min(lanes, len(left))):
+                active.append(_Lane(task, domains.make_env(task), left[lane::lanes]))
+        if not active:
+            continue
+        tokenizer = agent.tokenizer(active[0].env)
+        active = [lane for lane in active if lane.start(seed, make_prompt)]
+        while active:
+            actions = agent.act(tokenizer, [lane.history for lane in active])
+            over = [lane for lane, a in zip(active, actions, strict=True) if lane.step(a)]
+            for lane in over:
+                rows.append(
+                    {
+                        "task": lane.task,
+                        "seed": seed,
+                        "index": lane.index,
+                        "score": episode_score(lane.task, lane.rewards, lane.success),
+                        "success": lane.success,
+                        "steps": len(lane.rewards),
+                    }
+                )
+            stopped = [lane for lane in over if not lane.start(seed, make_prompt)]
+            active = [lane for lane in active if lane not in stopped]
+            if over:
+                if path is not None:
+                    write_text(path, _csv(rows))
+                yield _table(rows)
+    yield _table(rows)
+
+
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=list(EPISODE_COLUMNS))
+    return frame.sort_values(["task", "index"], ignore_index=True)
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    _table(rows).to_csv(text, index=False)
+    return text.getvalue()
+
+
+# --- references -----------------------------------------------------------------------------------
+
+
+def _reference(task: str, policy: str, episodes: int, seed: int) -> dict[str, Any]:
+    """Mean score of the expert or of uniformly random actions; runs in a worker process."""
+    env, expert = domains.make_env(task), domains.make_expert(task)
+    scores = []
+    failed = 0
+    index = 0
+    while len(scores) < episodes:
+        reset_seed = episode_seed(f"{policy} {task}", seed, index)
+        index += 1
+        observation, _ = env.reset(seed=reset_seed)
+        env.action_space.seed(reset_seed)
+        expert.reset(env)
+        rewards, success, action = [], False, None
+        try:
+            while True:
+                if policy == "expert":
+                    action = expert.act(observation, action)
+                else:
+                    action = env.action_space.sample()
+                observation, reward, terminated, truncated, info = env.step(action)
+                rewards.append(float(reward))
+                success |= bool(info.get("success", terminated and reward > 0))
+                if terminated or truncated:
+                    break
+        except domains.ExpertError:
+            failed += 1  # scored 0: the expert did not solve it
+            rewards, success = [0.0], False
+        scores.append(episode_score(task, rewards, success))
+    env.close()
+    return {
+        "task": task,
+        "policy": policy,
+        "n": episodes,
+        "mean": float(np.mean(scores)),
+        "standard_error": float(np.std(scores, ddof=1) / np.sqrt(episodes)),
+        "failed": failed,
+        "seed": seed,
+    }
+
+
+def measure_references(
+    tasks: Sequence[str], episodes: int, seed: int, workers: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Random and expert scores of each task, yielded as they are measured."""
+    context = multiprocessing.get_context("spawn")
+    workers = workers or os.cpu_count() or 1
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = [
+            pool.submit(_reference, task, policy, episodes, seed)
+            for policy in ("random", "expert")
+            for task in tasks
+        ]
+        for job in concurrent.futures.as_completed(jobs):
+            yield job.result()
+
+
+def read_references(path: str | os.PathLike) -> pd.DataFrame:
+    """One row a task: random, expert, their n and standard errors, `sound` and `weak` flags.
+
+    An expert is weak under half of its floor, and not sound where its 95 % interval meets
+    random's.
+    """
+    frame = pd.read_csv(path).set_index(["task", "policy"])
+    rows = []
+    for task in dict.fromkeys(t for t, _ in frame.index):
+        random, expert = frame.loc[(task, "random")], frame.loc[(task, "expert")]
+        gap = expert["mean"] - random["mean"]
+        spread = 1.96 * np.hypot(random["standard_error"], expert["standard_error"])
+        rows.append(
+            {
+                "task": task,
+                "random": random["mean"],
+                "random_se": random["standard_error"],
+                "expert": expert["mean"],
+                "expert_se": expert["standard_error"],
+                "n": int(min(random["n"], expert["n"])),
+                "sound": bool(gap > spread),
+                "weak": bool(expert["mean"] < domains.TASKS[task].floor / 2),
+            }
+        )
+    return pd.DataFrame(rows).set_index("task")
+
+
+# --- aggregation ----------------------------------------------------------------------------------
+
+
+def score_table(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """One row a task: mean score, normalised score with a 95 % bootstrap interval, n."""
+    rows = []
+    for task, group in episodes.groupby("task", sort=False):
+        reference = references.loc[task]
+        scale = lambda x, r=reference: normalized_score(x, r["random"], r["expert"])  # noqa: E731
+        low, high = bootstrap([group.score.to_numpy(float)], seed)
+        rows.append(
+            {
+                "task": task,
+                "domain": domains.TASKS[task].domain,
+                "random": reference["random"],
+                "agent": group.score.mean(),
+                "expert": reference["expert"],
+                "normalized": scale(group.score.mean()),
+                "low": scale(low),
+                "high": scale(high),
+                "success": group.success.mean(),
+                "n": len(group),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def bootstrap(
+    strata: Sequence[np.ndarray], seed: int = 0, resamples: int = 2000
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean over strata of each stratum's mean."""
+    rng = np.random.default_rng(seed)
+    means = np.mean(
+        [x[rng.integers(len(x), size=(resamples, len(x)))].mean(axis=1) for x in strata], axis=0
+    )
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def tasks_above(normalized: Sequence[float], thresholds: Sequence[float]) -> np.ndarray:
+    """How many tasks reach each threshold: the curve of Fig. 5, int (len(thresholds),)."""
+    scores = np.asarray(normalized)
+    return (scores[None, :] >= np.asarray(thresholds)[:, None]).sum(axis=1)

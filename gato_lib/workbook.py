@@ -1,0 +1,332 @@
+"""What the notebooks share: from settings to data, a trained agent and back.
+
+`prepare` collects what is missing and builds the mixture; `train_agent` trains or resumes an agent
+in the run's folder; `load_agent` brings one back. Each can be called alone, from any notebook, and
+returns at once where its work is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from typing import Any
+
+import jax
+import pandas as pd
+
+from gato_lib import collection, domains, results
+from gato_lib.agent import Agent
+from gato_lib.checkpoint import Checkpointer, read_meta
+from gato_lib.config import ConfigError, DataConfig, ModelConfig, TrainConfig, model_config
+from gato_lib.episodes import DataError, Episode, write_text
+from gato_lib.mixture import Mixture, build_group
+from gato_lib.sequence import Tokenizer, TokenSequence
+from gato_lib.tokenizers import TextTokenizer, train_text_tokenizer
+from gato_lib.training import Metrics, initial_state, train
+
+SMALL_TASKS = ("babyai/GoToObj", "metaworld/drawer-close")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The folders of one run. `Run.at("")` is experiments/runs/<preset>."""
+
+    root: pathlib.Path
+    preset: str
+
+    @classmethod
+    def at(cls, run_dir: str, preset: str) -> Run:
+        root = (
+            pathlib.Path(run_dir) if run_dir else results.REPOSITORY / "experiments/runs" / preset
+        )
+        return cls(root.absolute(), preset)
+
+    @property
+    def data(self) -> pathlib.Path:
+        return self.root / "data"
+
+    @property
+    def agents(self) -> pathlib.Path:
+        return self.root / "agents"
+
+    @property
+    def figures(self) -> pathlib.Path:
+        return self.root / "figures"
+
+    @property
+    def results(self) -> pathlib.Path:
+        return self.root / "results"
+
+    def __str__(self) -> str:
+        with contextlib.suppress(ValueError):
+            return str(self.root.relative_to(results.REPOSITORY))
+        return self.root.name
+
+
+def select_tasks(pattern: str) -> tuple[str, ...]:
+    """Task ids from "all", "small", or a comma-separated list of ids and domains.
+
+    "all" is every task that is not held out; "small" is one of each domain. Raises ConfigError for
+    an unknown name or a held-out task.
+    """
+    if pattern == "small":
+        return SMALL_TASKS
+    chosen: list[str] = []
+    for name in pattern.split(","):
+        name = name.strip()
+        if name == "all":
+            chosen += [t for t in domains.TASKS if t not in domains.HELD_OUT]
+        elif name in domains.DOMAINS:
+            chosen += [t for t in domains.DOMAINS[name].tasks if t not in domains.HELD_OUT]
+        elif name in domains.HELD_OUT:
+            raise ConfigError(f"{name} is held out: it never enters pretraining")
+        elif name in domains.TASKS:
+            chosen.append(name)
+        else:
+            raise ConfigError(
+                f"unknown task {name!r}; known: all, small, {', '.join(domains.DOMAINS)} and "
+                f"{', '.join(domains.TASKS)}"
+            )
+    return tuple(dict.fromkeys(chosen))
+
+
+def collections(run: Run, config: DataConfig) -> list[collection.Collection]:
+    """What `config` asks to be collected, in the run's data folder."""
+    held = sorted(set(config.tasks) & domains.HELD_OUT)
+    if held:
+        raise ConfigError(f"held-out tasks never enter pretraining: {held}")
+    episodes = dict(config.episodes)
+    return [
+        collection.Collection(
+            str(run.data), task, episodes[task.split("/")[0]], config.noise, config.seed
+        )
+        for task in config.tasks
+    ]
+
+
+@dataclasses.dataclass
+class Prepared:
+    """Collected data, ready to train on."""
+
+    mixture: Mixture
+    text: TextTokenizer | None
+    cards: list[dict[str, Any]]  # one data card a task
+
+
+def prepare(run: Run, config: DataConfig) -> Prepared:
+    """Collect what is missing, tokenize it, and build the mixture. Prints progress."""
+    wanted = collections(run, config)
+    with Progress() as progress:
+        for line in collection.collect(wanted):
+            progress(line)
+        episodes: dict[str, list[Episode]] = {}
+        cards = []
+        for number, item in enumerate(wanted):
+            progress(f"reading and tokenizing {item.task} ({number + 1} of {len(wanted)})")
+            episodes[item.task], card = collection.load(item)
+            if not episodes[item.task]:
+                raise DataError(f"{item.folder}: no episode passed the filter")
+            cards.append(card)
+        text = _text_tokenizer(run, config, episodes)
+        groups: dict[str, dict[str, list[TokenSequence]]] = {}
+        for task, kept in episodes.items():
+            env = domains.make_env(task)
+            tokenizer = Tokenizer(env.observation_space, env.action_space, text)
+            env.close()
+            tokens = [tokenizer.episode(e) for e in kept]
+            groups.setdefault(domains.TASKS[task].domain, {})[task] = tokens
+            cards[len([t for g in groups.values() for t in g]) - 1] |= {
+                "steps": sum(s.steps for s in tokens),
+                "tokens": sum(map(len, tokens)),
+            }
+        mixture = Mixture([build_group(n, s, config) for n, s in groups.items()], config)
+        progress(f"{len(wanted)} tasks ready", done=True)
+    return Prepared(mixture, text, cards)
+
+
+def _text_tokenizer(
+    run: Run, config: DataConfig, episodes: dict[str, list[Episode]]
+) -> TextTokenizer:
+    """The vendored 32,000 pieces, or a small model trained on the run's own instructions."""
+    if config.vocabulary_size == 32_000:
+        return TextTokenizer()
+    path = run.data / f"text-{config.digest()}.model"
+    if path.is_file():
+        return TextTokenizer(path)
+    texts = {
+        text
+        for kept in episodes.values()
+        for e in kept
+        for leaf in ([] if not isinstance(e.observations, dict) else e.observations.values())
+        if isinstance(leaf, list)
+        for text in leaf
+    }
+    # Without any text (Meta-World alone) a word stands in: the byte pieces cover the rest.
+    return train_text_tokenizer(texts or {"gato"}, path, config.vocabulary_size)
+
+
+def train_agent(
+    run: Run,
+    name: str,
+    model: ModelConfig,
+    config: TrainConfig,
+    prepared: Prepared,
+    *,
+    report_every: int = 100,
+    save_every: int = 1000,
+) -> tuple[pathlib.Path, pd.DataFrame]:
+    """Train an agent, or finish training it, and return its folder and its metrics.
+
+    The folder is `agents/<name>-<digest of every setting>`; `agents/<name>.json` points to the
+    latest one finished. Metrics have step, tokens, domain, loss and the rest of `Metrics`.
+    """
+    data = prepared.mixture.config
+    meta = {"model": model.to_dict(), "train": config.to_dict(), "data": data.to_dict()}
+    digest = "".join(c.digest()[:4] for c in (model, config, data))
+    folder = run.agents / f"{name}-{digest}"
+    checkpointer = Checkpointer(folder, meta)
+    if prepared.text is not None and not (folder / "text.model").is_file():
+        shutil.copyfile(prepared.text.path, folder / ".text.partial")
+        os.replace(folder / ".text.partial", folder / "text.model")
+    path = folder / "metrics.csv"
+    start = checkpointer.latest() or 0
+    rows = []
+    if path.is_file():
+        old = pd.read_csv(path)
+        rows = old[old.step <= start].to_dict("records")
+    if start < config.steps:
+        with Progress() as progress:
+            for metrics, _ in train(
+                model,
+                config,
+                prepared.mixture,
+                checkpointer,
+                report_every=report_every,
+                save_every=save_every,
+            ):
+                rows += _metric_rows(metrics)
+                write_text(path, pd.DataFrame(rows).to_csv(index=False))
+                losses = "  ".join(f"{k} {v:.3f}" for k, v in metrics.loss.items())
+                progress(
+                    f"{name} step {metrics.step} of {config.steps}: loss {losses}, "
+                    f"{metrics.tokens_per_second:,.0f} tokens/s, "
+                    f"{duration(metrics.seconds_left)} left",
+                    done=metrics.step == config.steps,
+                )
+    checkpointer.close()
+    write_text(run.agents / f"{name}.json", json.dumps({"folder": folder.name}))
+    return folder, pd.DataFrame(rows)
+
+
+def _metric_rows(metrics: Metrics) -> list[dict[str, Any]]:
+    shared = dataclasses.asdict(metrics)
+    losses = shared.pop("loss")
+    return [shared | {"domain": domain, "loss": loss} for domain, loss in losses.items()]
+
+
+def load_agent(folder: str | os.PathLike, **choices: Any) -> Agent:
+    """The agent in `folder` at its latest checkpoint; `choices` as in `Agent`."""
+    folder = pathlib.Path(folder)
+    meta = read_meta(folder)
+    model, data = ModelConfig.from_dict(meta["model"]), DataConfig.from_dict(meta["data"])
+    train_config = TrainConfig.from_dict(meta["train"])
+    checkpointer = Checkpointer(folder, meta)
+    _, state, _ = checkpointer.restore(jax.eval_shape(lambda: initial_state(model, train_config)))
+    checkpointer.close()
+    text = TextTokenizer(folder / "text.model") if (folder / "text.model").is_file() else None
+    return Agent(model, state["params"], text, data.context_length, **choices)
+
+
+def find_agent(run: Run, name: str) -> pathlib.Path | None:
+    """Folder of the latest finished agent of that name, or None."""
+    pointer = run.agents / f"{name}.json"
+    if not pointer.is_file():
+        return None
+    folder = run.agents / json.loads(pointer.read_text())["folder"]
+    return folder if (folder / "meta.json").is_file() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedOn:
+    """What the agent in a folder was trained on."""
+
+    tasks: tuple[str, ...]
+    steps: int
+
+
+def trained_on(folder: str | os.PathLike) -> TrainedOn:
+    """Tasks and steps of the agent in `folder`."""
+    meta = read_meta(folder)
+    return TrainedOn(tuple(meta["data"]["tasks"]), meta["train"]["steps"])
+
+
+def tiny_agent(run: Run, name: str, seed: int) -> pathlib.Path:
+    """Train a tiny agent in seconds, for a smoke run of a notebook that needs one.
+
+    Raises ConfigError at any other preset: there the real agent is wanted.
+    """
+    if run.preset != "smoke":
+        raise ConfigError(
+            f"{run}: no agent {name!r} there; run 04_training at {run.preset!r} first"
+        )
+    data = DataConfig(
+        tasks=SMALL_TASKS,
+        episodes=(("babyai", 8), ("metaworld", 4)),
+        context_length=56,
+        batch_tokens=700,
+        prompt_fraction=0.0,
+        vocabulary_size=1024,
+        seed=seed,
+    )
+    network = model_config("w64d2", text_rows=1024, value_rows="ordinal", stochastic_depth=0.0)
+    fit = TrainConfig(
+        steps=60, peak_lr=2e-3, warmup_steps=20, clip_norm=1.0, soft_sigma=3.0, seed=seed
+    )
+    return train_agent(run, name, network, fit, prepare(run, data))[0]
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Prints progress lines: rewritten in place in Jupyter, one every few seconds elsewhere."""
+
+    def __init__(self, every: float = 10.0):
+        self._every = every
+        self._last = -1e9
+        self._begin = time.perf_counter()
+        self._line = ""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __call__(self, line: str, done: bool = False) -> None:
+        self._line = line
+        now = time.perf_counter()
+        if done or now - self._last >= self._every:
+            self._last = now
+            print(f"[{duration(now - self._begin):>8}] {line}", flush=True)
+
+    def __exit__(self, *_: Any) -> None:
+        sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """ "4 s", "3 min 20 s", "2 h 5 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def provenance() -> str:
+    """One line for the end of a notebook."""
+    return f"commit {results.git_sha()} | {results.hardware()} | {results.versions()}"

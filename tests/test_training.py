@@ -1,0 +1,345 @@
+"""Mixture, training, resuming, acting and scoring on a tiny network and real demonstrations."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from gato_lib import domains, evaluation, workbook
+from gato_lib import sequence as sq
+from gato_lib import tokenizers as tk
+from gato_lib.agent import Agent, History
+from gato_lib.checkpoint import Checkpointer
+from gato_lib.config import DataConfig, TrainConfig, model_config
+from gato_lib.mixture import Mixture, build_group
+from gato_lib.training import initial_state, train
+
+NETWORK = model_config(
+    "w64d2", width=32, head_dim=8, mlp_dim=64, text_rows=1024, value_rows="ordinal"
+)
+DATA = DataConfig(
+    tasks=workbook.SMALL_TASKS,
+    episodes=(("babyai", 2), ("metaworld", 2)),
+    context_length=90,
+    batch_tokens=180,
+    prompt_fraction=0.25,
+    vocabulary_size=1024,
+)
+FIT = TrainConfig(steps=8, peak_lr=1e-3, warmup_steps=2, clip_norm=1.0, soft_sigma=2.0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, demonstrations):
+    missions = {m for e in demonstrations["babyai/GoToObj"] for m in e.observations["mission"]}
+    return tk.train_text_tokenizer(missions, tmp_path_factory.mktemp("text") / "t.model", 1024)
+
+
+@pytest.fixture(scope="module")
+def groups(demonstrations, text):
+    out = {}
+    for task, episodes in demonstrations.items():
+        env = domains.make_env(task)
+        tokenizer = sq.Tokenizer(env.observation_space, env.action_space, text)
+        out[task.split("/")[0]] = {task: [tokenizer.episode(e) for e in episodes]}
+    return [build_group(name, tasks, DATA) for name, tasks in out.items()]
+
+
+@pytest.fixture(scope="module")
+def mixture(groups):
+    return Mixture(groups, DATA)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# --- mixture --------------------------------------------------------------------------------------
+
+
+def test_batches_have_fixed_shapes_and_both_domains(mixture):
+    shapes = {}
+    for i in range(20):
+        domain, batch = mixture[i]
+        shapes.setdefault(domain, set()).add(tuple(x.shape for x in batch))
+    assert set(shapes) == {"babyai", "metaworld"}
+    assert len(shapes["metaworld"]) == 1 and len(shapes["babyai"]) <= 2
+
+
+def test_batch_number_is_all_it_takes(mixture, groups):
+    again = Mixture(groups, DATA)
+    for i in (0, 1, 7):
+        assert mixture[i][0] == again[i][0]
+        assert_equal(mixture[i][1], again[i][1])
+    straight = list(itertools.islice(mixture.iterate(0), 6))
+    for (name, a), (other, b) in zip(straight[3:], again.iterate(3), strict=False):
+        assert name == other
+        assert_equal(a, b)
+    different = Mixture(groups, dataclasses.replace(DATA, seed=1))
+    assert any(
+        not np.array_equal(a.ids, b.ids)
+        for (_, a), (_, b) in ((mixture[i], different[i]) for i in range(4))
+    )
+
+
+def test_weights_are_kept(groups):
+    weighted = dataclasses.replace(DATA, weights=(("babyai", 1.0), ("metaworld", 3.0)))
+    names = [Mixture(groups, weighted)[i][0] for i in range(40)]
+    assert names.count("metaworld") == 30
+    with pytest.raises(ValueError, match=r"weights name \['atari'\]"):
+        Mixture(groups, dataclasses.replace(DATA, weights=(("atari", 1.0),)))
+
+
+def test_every_step_is_in_some_window(groups):
+    for group in groups:
+        for task in group.tasks.values():
+            covered = set()
+            for index, first in task.windows:
+                last = task.episodes[index][1]
+                at = group.seq.offsets
+                end = first
+                while end < last and at[end + 1] - at[first] <= group.length:
+                    end += 1
+                covered |= set(range(first, end))
+            assert covered == set(range(task.episodes[0][0], task.episodes[-1][1]))
+
+
+def test_prompts_come_from_another_episode_and_fit(groups):
+    from gato_lib.mixture import sample_windows
+
+    always = dataclasses.replace(DATA, prompt_fraction=1.0)
+    for group in groups:
+        (task,) = group.tasks.values()
+        for draw in range(20):
+            for spans in sample_windows(group, always, np.random.default_rng(draw)):
+                assert sum(b - a for a, b in spans) <= group.length
+                if len(spans) == 1:
+                    continue
+                (a, b), (c, _) = spans
+                at = group.seq.offsets
+                assert {a, b, c} <= set(at.tolist()) and b - a <= group.length // 2
+                ends = at[task.episodes[:, 1]]
+                assert np.searchsorted(ends, a, side="right") != np.searchsorted(
+                    ends, c, side="right"
+                )
+
+
+def test_a_timestep_that_does_not_fit_is_refused(groups, demonstrations, text):
+    env = domains.make_env("metaworld/drawer-close")
+    tokenizer = sq.Tokenizer(env.observation_space, env.action_space, text)
+    tokens = [tokenizer.episode(demonstrations["metaworld/drawer-close"][0])]
+    with pytest.raises(ValueError, match="a timestep has 44 tokens, context_length is 40"):
+        build_group("metaworld", {"t": tokens}, dataclasses.replace(DATA, context_length=40))
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def last(iterator):
+    (item,) = collections.deque(iterator, maxlen=1)
+    return item
+
+
+def test_resuming_equals_running_straight(tmp_path, mixture):
+    kwargs = {"report_every": 3, "save_every": 2}
+    _, straight = last(train(NETWORK, FIT, mixture, None, **kwargs))
+    cut = Checkpointer(tmp_path, {"a": 1})
+    steps = train(NETWORK, FIT, mixture, cut, **kwargs)
+    next(steps)  # three steps done, the checkpoint of step 2 on disk
+    steps.close()
+    cut.close()
+    again = Checkpointer(tmp_path, {"a": 1})
+    assert again.latest() == 2
+    metrics, resumed = last(train(NETWORK, FIT, mixture, again, **kwargs))
+    again.close()
+    assert metrics.step == 8
+    assert_equal(straight, resumed)
+
+
+def test_other_settings_do_not_overwrite_a_run(tmp_path):
+    Checkpointer(tmp_path, {"a": 1}).close()
+    with pytest.raises(ValueError, match="other settings"):
+        Checkpointer(tmp_path, {"a": 2})
+
+
+def test_a_checkpoint_cut_short_is_ignored(tmp_path):
+    state = initial_state(NETWORK, FIT)
+    one = Checkpointer(tmp_path, {})
+    one.save(1, state, {"tokens": 5})
+    one.close()
+    left = tmp_path / "steps" / "2.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "half").write_text("x")
+    again = Checkpointer(tmp_path, {})
+    step, restored, counters = again.restore(state)
+    assert (step, counters) == (1, {"tokens": 5}) and not left.exists()
+    assert_equal(state, restored)
+    again.close()
+
+
+def test_training_overfits_one_batch(mixture):
+    class OneBatch:
+        def iterate(self, start):
+            while True:
+                yield mixture[0]
+
+    fit = dataclasses.replace(FIT, steps=250, peak_lr=3e-3, soft_sigma=0.0, weight_decay=0.0)
+    still = dataclasses.replace(NETWORK, stochastic_depth=0.0)
+    metrics, _ = last(train(still, fit, OneBatch(), report_every=10))
+    (loss,) = metrics.loss.values()
+    assert loss < 0.05
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_source(mixture):
+    class Poisoned:
+        def iterate(self, start):
+            for i in itertools.count(start):
+                name, batch = mixture[i]
+                weights = batch.target_weights * (np.nan if i == 3 else 1.0)
+                yield name, batch._replace(target_weights=weights.astype(np.float32))
+
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 3, domain (babyai|meta)"):
+        last(train(NETWORK, FIT, Poisoned(), report_every=4))
+
+
+# --- acting and scoring ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def agent(text):
+    params = initial_state(NETWORK, FIT)["params"]
+    return Agent(NETWORK, params, text, DATA.context_length, continuous="mean")
+
+
+def test_actions_are_legal_and_do_not_depend_on_the_batch(agent):
+    for task in workbook.SMALL_TASKS:
+        env = domains.make_env(task)
+        tokenizer = agent.tokenizer(env)
+        together = [History(s) for s in range(3)]
+        for s, h in enumerate(together):
+            h.observations.append(env.reset(seed=s)[0])
+        actions = agent.act(tokenizer, together)
+        assert all(env.action_space.contains(a) for a in actions)
+        low, high = tokenizer.action_spec.legal_ids
+        assert all(((h.action_ids[0] >= low) & (h.action_ids[0] < high)).all() for h in together)
+        alone = History(1)
+        alone.observations.append(env.reset(seed=1)[0])
+        agent.act(tokenizer, [alone])
+        np.testing.assert_array_equal(alone.action_ids[0], together[1].action_ids[0])
+
+
+def test_acting_equals_the_training_forward_pass(text, demonstrations):
+    """Greedy ids are the argmax over legal ids of logits from a batch made as in training."""
+    from gato_lib.training import graph_of, merge
+
+    params = initial_state(NETWORK, FIT)["params"]
+    agent = Agent(NETWORK, params, text, 90, continuous="greedy", discrete="greedy")
+    model = merge(graph_of(NETWORK), params)
+    for task, episodes in demonstrations.items():
+        env = domains.make_env(task)
+        tokenizer = agent.tokenizer(env)
+        history = History(0)
+        episode = episodes[0]
+        from gato_lib.episodes import select
+
+        for step in range(min(5, episode.steps)):
+            history.observations.append(select(episode.observations, step))
+            agent.act(tokenizer, [history])
+        seq = tokenizer.steps(history.observations, np.stack(history.action_ids))
+        at = seq.offsets
+        first = int(np.searchsorted(at, at[-1] - 90))
+        span = (int(at[first]), int(at[-1]))
+        batch = sq.make_batch(seq, [[span]], 90, 90, 64)
+        hidden = model.hidden(batch)[0]
+        n, (low, high) = tokenizer.action_spec.num_tokens, tokenizer.action_spec.legal_ids
+        for i in range(n):
+            logits = model.embedding.logits(hidden[span[1] - span[0] - n - 1 + i][None])[0]
+            start = low if low < 32000 else 1024
+            chosen = int(np.argmax(logits[start : start + high - low])) + low
+            assert chosen == history.action_ids[-1][i]
+
+
+def test_prompts_stay_at_the_front(agent, demonstrations):
+    task = "babyai/GoToObj"
+    env = domains.make_env(task)
+    tokenizer = agent.tokenizer(env)
+    demonstration = demonstrations[task][0]
+    end = agent.prompt(tokenizer, demonstration, "end")
+    start = agent.prompt(tokenizer, demonstration, "start")
+    assert len(end[0]) >= 1 and len(end[0]) == len(end[1])
+    np.testing.assert_array_equal(
+        end[0][-1]["image"], demonstration.observations["image"][demonstration.steps - 1]
+    )
+    np.testing.assert_array_equal(start[0][0]["image"], demonstration.observations["image"][0])
+    prompted, plain = History(0, end), History(0)
+    for h in (prompted, plain):
+        for seed in range(6):
+            h.observations.append(env.reset(seed=seed)[0])
+            agent.act(tokenizer, [h])
+    assert len(prompted.action_ids) == 6
+    with pytest.raises(ValueError, match="prompt is 'middle'"):
+        agent.prompt(tokenizer, demonstration, "middle")
+
+
+def test_unknown_choices_are_refused(agent):
+    with pytest.raises(ValueError, match="continuous is 'best'"):
+        Agent(NETWORK, agent.params, agent.text, 90, continuous="best")
+    with pytest.raises(ValueError, match="discrete is 'mean'"):
+        Agent(NETWORK, agent.params, agent.text, 90, discrete="mean")
+
+
+def test_rollouts_are_reproducible_and_resume(tmp_path, agent, demonstrations):
+    tasks = ("babyai/GoToObj",)
+    kwargs = {"lanes": 2, "demonstrations": lambda t: demonstrations[t], "prompt": "end"}
+    straight = last(evaluation.rollouts(agent, tasks, 3, 0, **kwargs))
+    path = tmp_path / "episodes.csv"
+    cut = evaluation.rollouts(agent, tasks, 3, 0, path, **kwargs)
+    next(cut)
+    cut.close()
+    assert 1 <= len(pd.read_csv(path)) < 3
+    resumed = last(evaluation.rollouts(agent, tasks, 3, 0, path, **kwargs))
+    pd.testing.assert_frame_equal(straight, resumed, check_dtype=False)
+    assert straight["index"].tolist() == [0, 1, 2]
+
+
+def test_normalized_score():
+    assert evaluation.normalized_score(5.0, 0.0, 10.0) == 0.5
+    assert evaluation.normalized_score(-5.0, 0.0, 10.0) == -0.5
+    for random, expert in ((1.0, 1.0), (2.0, 1.0)):
+        with pytest.raises(ValueError, match="no scale"):
+            evaluation.normalized_score(3.0, random, expert)
+
+
+def test_score_table_and_thresholds():
+    played = pd.DataFrame(
+        {
+            "task": ["babyai/Open"] * 4,
+            "score": [0.0, 0.5, 0.5, 1.0],
+            "success": [False, True, True, True],
+        }
+    )
+    references = pd.DataFrame({"random": [0.1], "expert": [0.9]}, index=["babyai/Open"])
+    (row,) = evaluation.score_table(played, references).to_dict("records")
+    assert row["normalized"] == pytest.approx(0.5) and row["n"] == 4
+    assert row["low"] < 0.5 < row["high"]
+    assert evaluation.tasks_above([0.2, 0.5, 0.9], [0.0, 0.5, 0.95]).tolist() == [3, 2, 0]
+    low, high = evaluation.bootstrap([np.ones(5), np.zeros(5)])
+    assert low == high == 0.5
+
+
+def test_references_measured_now_agree_with_the_committed_ones():
+    from gato_lib import results
+
+    path = results.COMMITTED / "references.csv"
+    committed = evaluation.read_references(path)
+    assert set(committed.index) == set(domains.TASKS) and (committed.n >= 20).all()
+    task = "babyai/GoToObj"
+    for policy in ("random", "expert"):
+        now = evaluation._reference(task, policy, 20, 1)
+        was, se = committed.loc[task, [policy, f"{policy}_se"]]
+        assert abs(now["mean"] - was) < 4 * np.hypot(se, now["standard_error"]) + 1e-9

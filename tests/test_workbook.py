@@ -1,0 +1,90 @@
+"""Settings, result rows and the glue between notebooks."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from gato_lib import domains, results, workbook
+from gato_lib.config import ConfigError, DataConfig, TrainConfig
+from gato_lib.workbook import Run, duration, select_tasks
+
+
+def test_select_tasks():
+    assert select_tasks("all") == tuple(domains.TASKS)
+    assert select_tasks("small") == workbook.SMALL_TASKS
+    assert select_tasks("metaworld/push, babyai")[0] == "metaworld/push"
+    assert len(select_tasks("babyai,babyai/Open")) == 8
+    with pytest.raises(ConfigError, match="unknown task 'babyai/Opne'"):
+        select_tasks("babyai/Opne")
+    with pytest.raises(ConfigError, match="held out"):
+        select_tasks("metaworld/assembly")
+
+
+def test_held_out_tasks_cannot_be_collected(tmp_path):
+    config = DataConfig(tasks=("metaworld/assembly",), episodes=(("metaworld", 1),))
+    with pytest.raises(ConfigError, match="held-out tasks never enter pretraining"):
+        workbook.collections(Run(tmp_path, "smoke"), config)
+
+
+def test_a_tiny_agent_is_for_smoke_runs_only(tmp_path):
+    with pytest.raises(ConfigError, match="run 04_training at 'laptop' first"):
+        workbook.tiny_agent(Run(tmp_path, "laptop"), "generalist", 0)
+
+
+def test_a_tiny_agent_is_trained_found_and_loaded(tmp_path, monkeypatch):
+    run = Run(tmp_path, "smoke")
+    assert workbook.find_agent(run, "g") is None
+    folder = workbook.tiny_agent(run, "g", 0)
+    assert workbook.find_agent(run, "g") == folder
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert metrics.step.max() == 60 and set(metrics.domain) <= {"babyai", "metaworld"}
+    agent = workbook.load_agent(folder, continuous="mean")
+    assert agent.context_length == 56
+    assert workbook.trained_on(folder).tasks == workbook.SMALL_TASKS
+    monkeypatch.setattr(workbook, "train", None)  # a second call must not train
+    assert workbook.tiny_agent(run, "g", 0) == folder
+
+
+def test_rows_are_tidy(tmp_path):
+    row = results.row("r", 0, 5, "all", "all", "loss", 0.5, 3)
+    results.write_rows(tmp_path / "a.csv", [row])
+    (back,) = results.read_rows(tmp_path / "a.csv").to_dict("records")
+    assert list(back) == list(results.COLUMNS) and back["value"] == 0.5
+    with pytest.raises(ValueError, match="columns differ in"):
+        results.write_rows(tmp_path / "b.csv", [{"run": "r"}])
+    (tmp_path / "c.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="not a result table"):
+        results.read_rows(tmp_path / "c.csv")
+    with pytest.raises(FileNotFoundError, match="d.csv"):
+        results.read_rows(tmp_path / "d.csv")
+
+
+def test_committed_rows_are_tidy():
+    paths = [p for p in results.COMMITTED.glob("*.csv") if p.name != "references.csv"]
+    assert paths
+    for path in paths:
+        frame = results.read_rows(path)
+        assert frame.value.notna().all() and (frame.n > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ()}, "tasks is empty"),
+        ({"episodes": (("metaworld", 3),)}, r"no number for \['babyai'\]"),
+        ({"prompt_fraction": 1.5}, "prompt_fraction"),
+        ({"vocabulary_size": 5000}, "vocabulary_size is 5000"),
+        ({"bacth_tokens": 1}, "unknown key"),
+    ],
+)
+def test_bad_data_settings_are_refused(changes, message):
+    values = {"tasks": ("babyai/Open",), "episodes": (("babyai", 1),)} | changes
+    with pytest.raises(ConfigError, match=message):
+        DataConfig.from_dict(values)
+    with pytest.raises(ConfigError, match="warmup_steps 9 must be below steps 5"):
+        TrainConfig(steps=5, warmup_steps=9)
+
+
+def test_duration():
+    assert [duration(s) for s in (3.6, 200, 7500)] == ["4 s", "3 min 20 s", "2 h 05 min"]
