@@ -15,6 +15,7 @@ import pathlib
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -254,16 +255,26 @@ def find_agent(run: Run, name: str) -> pathlib.Path | None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedOn:
-    """What the agent in a folder was trained on."""
+    """What the agent in a folder was trained on, and for how long."""
 
-    tasks: tuple[str, ...]
+    data: DataConfig
     steps: int
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.data.tasks
 
 
 def trained_on(folder: str | os.PathLike) -> TrainedOn:
-    """Tasks and steps of the agent in `folder`."""
+    """Data settings and steps of the agent in `folder`."""
     meta = read_meta(folder)
-    return TrainedOn(tuple(meta["data"]["tasks"]), meta["train"]["steps"])
+    return TrainedOn(DataConfig.from_dict(meta["data"]), meta["train"]["steps"])
+
+
+def demonstrations(run: Run, config: DataConfig) -> Callable[[str], list[Episode]]:
+    """A function from a task to its kept demonstrations, for prompts."""
+    items = {c.task: c for c in collections(run, config)}
+    return lambda task: collection.load(items[task])[0]
 
 
 def tiny_agent(run: Run, name: str, seed: int) -> pathlib.Path:
