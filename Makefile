@@ -1,0 +1,69 @@
+# Everything this workbook does from a shell; `make` lists it. Every target first sees to the
+# Python environment (experiments/setup.sh), so `make reproduce` is all a new clone needs.
+
+SHELL := bash
+PRESET ?= laptop
+NOTEBOOK ?=
+
+# Command-line variables do not reach $(shell) by themselves in older makes.
+ENVIRONMENT := $(shell GATO_ENV='$(GATO_ENV)' USE_CONDA='$(USE_CONDA)' bash experiments/setup.sh --where)
+PYTHON := "$(ENVIRONMENT)/bin/python"
+RUN := $(PYTHON) experiments/run.py --preset "$(PRESET)"
+PYTEST := $(PYTHON) -m pytest
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
+	--nbval-sanitize-with notebooks/sanitize.cfg
+
+# The kernelspec that setup.sh installs comes before a user's own; what it sets, also for the
+# processes started here.
+export JUPYTER_PREFER_ENV_PATH := 1
+export JAX_COMPILATION_CACHE_DIR ?= $(ENVIRONMENT)/share/jax-cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+ifeq ($(shell uname -s),Linux)
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+export MUJOCO_GL ?= egl
+endif
+
+.PHONY: help setup reproduce test test-slow notebooks results references lint lab clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@echo "make TARGET [PRESET=smoke|laptop|accelerator|paper] [NOTEBOOK=04_training]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' Makefile
+
+setup: ## make the Python environment, or bring it up to date
+	@bash experiments/setup.sh
+
+reproduce: setup ## run the notebooks that are not up to date (or NOTEBOOK and what it needs)
+	@$(RUN) $(foreach name,$(NOTEBOOK),--notebook $(name))
+
+test: setup ## unit tests, then every notebook at smoke size
+	@status=0; \
+	$(PYTEST) tests -m "not slow" || status=1; \
+	$(PYTEST) $(NBVAL) notebooks || status=1; \
+	if [ $$status = 0 ]; then echo "test: all passed"; else echo "test: FAILED"; fi; exit $$status
+
+test-slow: setup ## tests that take minutes
+	@if ! grep -rqE 'mark\.slow\b' tests; then echo "test-slow: no slow tests yet"; exit 0; fi; \
+	$(PYTEST) tests -m slow && echo "test-slow: all passed"
+
+notebooks: setup ## every notebook at smoke size, as tests
+	@$(PYTEST) $(NBVAL) notebooks && echo "notebooks: all passed"
+
+results: setup ## run the workbook, then update the committed rows, figures and outputs
+	@$(RUN) --publish
+
+references: setup ## measure the expert and random returns that scores are relative to
+	@$(PYTHON) experiments/references.py
+
+lint: setup ## ruff: rules and format, notebooks included
+	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && echo "lint: clean"
+
+lab: setup ## open the workbook in JupyterLab
+	@$(PYTHON) -m jupyterlab notebooks
+
+clean: ## remove caches; environments and experiments/runs stay
+	@find . \( -name .venv -o -name .conda -o -name runs -o -name .git \) -prune -o \
+	  \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache -o -name .ruff_cache \
+	  -o -name .hypothesis -o -name '*.egg-info' \) -print0 | xargs -0 rm -rf
+	@echo "clean: caches removed; environments and experiments/runs kept"

@@ -1,0 +1,509 @@
+"""Run the workbook's notebooks with the parameters of a preset.
+
+    python experiments/run.py --preset laptop                         # all of them, in order
+    python experiments/run.py --preset laptop --notebook 04_training  # this one and what it needs
+    python experiments/run.py --preset laptop --notebook 04_training --set steps=500
+
+experiments/notebooks.yaml lists the notebooks, experiments/params/<preset>.yaml says what differs
+from the smoke-sized defaults that stand in each notebook. Everything is checked before anything
+runs. A notebook whose code, parameters, library and inputs are those of its last finished run is
+not run again, so the same command continues after an interruption.
+
+A run lives in <runs>/<preset>/:
+
+    data/  agents/  results/  figures/   what the notebooks write
+    notebooks/<name>.ipynb               executed copies
+    state/<name>.json                    what the copy was made from; absent until it is finished
+
+Exit status: 0 done, 1 a notebook failed, 2 a mistake in the command or in a file it reads (nothing
+has run), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import csv
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import nbformat
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """A mistake to be told in one line: in the command, a preset, the table or a notebook."""
+
+
+class NotebookError(Exception):
+    """A notebook stopped, or ended without what it should have written."""
+
+
+# --- what there is to run ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Notebook:
+    """One entry of experiments/notebooks.yaml, where the fields are explained."""
+
+    name: str
+    title: str
+    section: str
+    needs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    minutes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    commit_outputs: bool = False
+
+    @property
+    def path(self) -> pathlib.Path:
+        return ROOT / "notebooks" / f"{self.name}.ipynb"
+
+
+def load_table() -> dict[str, Notebook]:
+    """The notebooks by name, in the order they run; raises UserError."""
+    path = ROOT / "experiments" / "notebooks.yaml"
+    table: dict[str, Notebook] = {}
+    for name, fields in _read_yaml(path).items():
+        try:
+            fields = fields | {k: tuple(fields.get(k) or ()) for k in ("needs", "outputs")}
+            notebook = Notebook(name=name, **fields | {"section": str(fields["section"])})
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{_shown(path)}: {name}: {error}") from error
+        if later := [n for n in notebook.needs if n not in table]:
+            raise UserError(f"{_shown(path)}: {name} needs {later[0]}, which must stand above it")
+        table[name] = notebook
+    return table
+
+
+def load_preset(name: str) -> dict[str, dict[str, Any]]:
+    """The parameters a preset gives to each notebook; raises UserError."""
+    folder = ROOT / "experiments" / "params"
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"unknown preset {name!r}; {_nearest(name, known)}")
+    path, table = folder / f"{name}.yaml", load_table()
+    content = {"shared": {}, "notebooks": {}} | _read_yaml(path)
+    _reject_unknown(_shown(path), "section", set(content), ["shared", "notebooks"])
+    shared, special = content["shared"] or {}, content["notebooks"] or {}
+    _reject_unknown(_shown(path), "notebook", special, list(table))
+    for section in (shared, *special.values()):
+        if section is not None and not isinstance(section, dict):
+            raise UserError(f"{_shown(path)}: expected 'key: value' lines, got {section!r}")
+    return {n: shared | (special.get(n) or {}) for n in table}
+
+
+def validate_parameters(
+    path: pathlib.Path, values: Mapping[str, Any], where: str = ""
+) -> dict[str, Any]:
+    """Check values against a notebook's `parameters` cell, whose defaults give names and types.
+
+    An annotation (`rate: float = 1`) wins over the type of the default. Returns the values, whole
+    numbers made floats where a float is expected. Raises UserError naming `where` (the file or
+    option they came from) for a name the notebook does not have or a value of another type.
+    """
+    where = where or _shown(path)
+    declared = _declared_parameters(path)
+    _reject_unknown(f"{where}: {path.stem}", "parameter", values, list(declared))
+    checked = {}
+    for key, value in values.items():
+        kind, default = declared[key]
+        if kind is float and type(value) is int:
+            value = float(value)
+        fits = type(value) is kind or (value is None and default is None)
+        if kind is type(None):  # no type is known: any plain value
+            fits = isinstance(value, bool | int | float | str | list | None)
+        elif fits and kind is list and default:
+            fits = all(type(v) is type(default[0]) for v in value)
+        if not fits:
+            raise UserError(f"{where}: {path.stem}: {key}: {_mismatch(kind, default, value)}")
+        checked[key] = value
+    return checked
+
+
+def _declared_parameters(path: pathlib.Path) -> dict[str, tuple[type, Any]]:
+    """Name -> (type, default) of a notebook's parameters, as papermill sees them."""
+    if not path.is_file():
+        raise UserError(f"{_shown(path)}: there is no such notebook")
+    import papermill
+
+    cells = [c for c in _code_cells(path) if "parameters" in c.metadata.get("tags", [])]
+    found = papermill.inspect_notebook(str(path))
+    # papermill reads line by line and passes over what it cannot parse: never lose one silently.
+    for name in re.findall(r"^(\w+) *[:=]", cells[0].source if cells else "", re.MULTILINE):
+        if name not in found:
+            raise UserError(
+                f"{_shown(path)}: papermill cannot read the parameter {name!r}: write "
+                "'name: type = literal  # comment', with a plain type and no second '='"
+            )
+    kinds = {k.__name__: k for k in (bool, int, float, str, list, dict)}
+    declared = {}
+    for name, entry in found.items():
+        try:
+            default = ast.literal_eval(entry["default"])
+        except (ValueError, SyntaxError) as error:
+            text = f"{_shown(path)}: the default of {name} is not a literal: {entry['default']}"
+            raise UserError(text) from error
+        annotation = re.split(r"[\[ ]", entry["inferred_type_name"])[0]
+        declared[name] = kinds.get(annotation, type(default)), default
+    if "run_dir" not in declared:
+        raise UserError(f"{_shown(path)}: its 'parameters' cell has no run_dir: str = \"\"")
+    return declared
+
+
+def _mismatch(kind: type, default: Any, value: Any) -> str:
+    text = f"expected {kind.__name__} (the default is {default!r}), "
+    text += f"got {type(value).__name__} {value!r}"
+    with contextlib.suppress(TypeError, ValueError):
+        if kind in (int, float) and isinstance(value, str) and kind(float(value)) == float(value):
+            plain = repr(kind(float(value)))
+            plain = plain if "e" not in plain or "." in plain else plain.replace("e", ".0e")
+            text += f"; YAML takes {value} for text, write {plain}"
+    return text
+
+
+def _reject_unknown(where: str, what: str, names: Any, known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"{where}: unknown {what} {name!r}; {_nearest(str(name), known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    guess = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{guess}known: {', '.join(known) or 'none'}"
+
+
+def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{_shown(path)}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{_shown(path)}: expected 'key: value' lines, got {content!r}")
+    return content
+
+
+def _code_cells(path: pathlib.Path) -> list[Any]:
+    try:
+        return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    except Exception as error:  # whatever a damaged file makes nbformat raise
+        raise UserError(f"{_shown(path)}: not a readable notebook: {error}") from error
+
+
+def _shown(path: pathlib.Path) -> str:
+    """A path the way a reader would type it."""
+    with contextlib.suppress(ValueError):
+        return str(path.absolute().relative_to(pathlib.Path.cwd()))
+    return str(path)
+
+
+# --- what is up to date -----------------------------------------------------------------------
+
+
+def library_digest() -> str:
+    """sha256 of gato_lib: modules as syntax trees, so that comments do not count, and assets."""
+    digest = hashlib.sha256()
+    folder = ROOT / "gato_lib"
+    for path in sorted([*folder.rglob("*.py"), *folder.glob("assets/*")]):
+        content = path.read_bytes()
+        if path.suffix == ".py":
+            with contextlib.suppress(SyntaxError):
+                content = ast.dump(ast.parse(content)).encode()
+        digest.update(f"{path.relative_to(folder)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass
+class Run:
+    """A preset's folder, and the parameters to run its notebooks with."""
+
+    folder: pathlib.Path
+    table: dict[str, Notebook]
+    parameters: dict[str, dict[str, Any]]
+
+    def state_path(self, name: str) -> pathlib.Path:
+        return self.folder / "state" / f"{name}.json"
+
+    def state(self, name: str) -> dict[str, Any]:
+        """What is known of the last finished run; empty where there is none."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self.state_path(name).read_text())
+        return {}
+
+    def fingerprint(self, name: str) -> str:
+        """sha256 of everything a finished run of the notebook depends on."""
+        parts = [
+            [cell.source for cell in _code_cells(self.table[name].path)],
+            self.parameters[name],
+            library_digest(),
+            [self.state(n) for n in self.table[name].needs],
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def missing(self, name: str) -> list[str]:
+        """Declared outputs that are not there."""
+        outputs = (*self.table[name].outputs, f"notebooks/{name}.ipynb")
+        return [o for o in outputs if not (self.folder / o).exists()]
+
+    def stale(self, names: Sequence[str], forced: Sequence[str]) -> set[str]:
+        """Which of `names`, in order, have to run."""
+        out: set[str] = set()
+        for name in names:
+            if (
+                name in forced
+                or out & set(self.table[name].needs)
+                or self.state(name).get("fingerprint") != self.fingerprint(name)
+                or self.missing(name)
+            ):
+                out.add(name)
+        return out
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folders and keep a second driver out; raises UserError when one is at work."""
+        for sub in ("data", "agents", "results", "figures", "notebooks", "state"):
+            (self.folder / sub).mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "state" / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                text = f"{_shown(self.folder)}: another run.py is at work in this folder"
+                raise UserError(text) from error
+            yield
+
+    # --- running ------------------------------------------------------------------------------
+
+    def execute(self, name: str) -> float:
+        """Run one notebook and record it, whole or not at all; returns the minutes it took."""
+        import papermill
+
+        final = self.folder / "notebooks" / f"{name}.ipynb"
+        partial = final.with_name(f".{name}.partial.ipynb")
+        fingerprint = self.fingerprint(name)  # of the sources as they are when the kernel starts
+        self.state_path(name).unlink(missing_ok=True)
+        begin = time.monotonic()
+        try:
+            papermill.execute_notebook(
+                str(self.table[name].path),
+                str(partial),
+                self.parameters[name] | {"run_dir": str(self.folder)},
+                cwd=str(ROOT / "notebooks"),
+                kernel_name="python3",
+                progress_bar=False,
+                stdout_file=sys.stdout,  # the notebook's progress lines
+                autosave_cell_every=30,
+                extra_arguments=["--log-level=CRITICAL"],  # no traces of the kernel's own on Ctrl-C
+            )
+        except papermill.PapermillExecutionError as error:
+            trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback)).splitlines()
+            lines = [line for line in trace if line.strip()][-8:] or [error.ename]
+            raise NotebookError(
+                f"{name} stopped in cell [{error.exec_count}]:\n    "
+                + "\n    ".join(lines)
+                + f"\n  executed so far: {_shown(partial)}"
+            ) from error
+        except Exception as error:  # the kernel died or could not start
+            text = f"{name} stopped: {type(error).__name__}: {error}"
+            raise NotebookError(f"{text}\n  executed so far: {_shown(partial)}") from error
+        minutes = (time.monotonic() - begin) / 60
+        os.replace(partial, final)
+        if missing := self.missing(name):
+            raise NotebookError(f"{name} ended without writing {', '.join(missing)}")
+        state = {"fingerprint": fingerprint, "finished": time.time(), "minutes": round(minutes, 2)}
+        _write(self.state_path(name), json.dumps(state))
+        return minutes
+
+    def headline(self, name: str) -> str:
+        """The notebook's result rows over all domains, e.g. "mean_score 0.71"."""
+        path = self.folder / "results" / f"{name}.csv"
+        if not path.is_file():
+            return ""
+        with path.open(newline="") as file:
+            rows = [r for r in csv.DictReader(file) if r.get("domain") == "all"]
+        values = {r["metric"]: float(r["value"]) for r in rows}
+        return ", ".join(f"{metric} {value:.4g}" for metric, value in list(values.items())[:3])
+
+    def publish(self) -> list[str]:
+        """Copy rows, figures and the outputs of executed notebooks to where git keeps them.
+
+        A notebook's cells stay as they are in the source, smoke-sized defaults included; only
+        outputs and execution counts come from the run.
+        """
+        done = []
+        for pattern, target in (("results/*.csv", "experiments/results"), ("figures/*", "figures")):
+            for path in sorted(self.folder.glob(pattern)):
+                if path.is_file() and not path.name.startswith("."):
+                    _write(ROOT / target / path.name, path.read_bytes())
+                    done.append(f"{target}/{path.name}")
+        for notebook in self.table.values():
+            if notebook.commit_outputs:
+                source = nbformat.read(notebook.path, 4)
+                executed = _code_cells(self.folder / "notebooks" / f"{notebook.name}.ipynb")
+                _write(notebook.path, nbformat.writes(_with_outputs(source, executed)) + "\n")
+                done.append(f"notebooks/{notebook.path.name}")
+        return done
+
+
+def _with_outputs(source: Any, executed: Sequence[Any]) -> Any:
+    """`source` with the outputs of the executed code cells, counted 1 to n."""
+    ran = [c for c in executed if "injected-parameters" not in c.metadata.get("tags", [])]
+    count = 0
+    cells = [c for c in source.cells if c.cell_type == "code"]
+    for cell, run in zip(cells, ran, strict=True):
+        count += run.execution_count is not None
+        cell.execution_count = None if run.execution_count is None else count
+        cell.outputs = run.outputs
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = cell.execution_count
+    return source
+
+
+def _write(path: pathlib.Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def plan(options: argparse.Namespace) -> tuple[Run, list[str], list[str]]:
+    """The run, the notebooks asked for, and these with all they need in order; raises UserError.
+
+    Every parameter of every notebook in the plan has been checked.
+    """
+    table, parameters = load_table(), load_preset(options.preset)
+    _reject_unknown("--notebook", "notebook", options.notebook, list(table))
+    if options.publish and (options.notebook or options.set):
+        raise UserError("--publish takes the whole workbook: leave out --notebook and --set")
+    asked = options.notebook or list(table)
+    wanted = set(asked)
+    for name in reversed(table):
+        wanted.update(table[name].needs if name in wanted else ())
+    names = [n for n in table if n in wanted]
+    overrides = dict(_parse_set(text) for text in options.set)
+    for name in names:
+        where = f"experiments/params/{options.preset}.yaml"
+        values = validate_parameters(table[name].path, parameters[name], where)
+        if name in asked:
+            values |= validate_parameters(table[name].path, overrides, "--set")
+        if "run_dir" in values:
+            raise UserError("run_dir is set by run.py: use --runs")
+        parameters[name] = values
+    return Run(options.runs.absolute() / options.preset, table, parameters), asked, names
+
+
+def _parse_set(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text}: expected KEY=VALUE")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: {' '.join(str(error).split())}") from error
+
+
+def run_all(run: Run, preset: str, names: Sequence[str], forced: Sequence[str]) -> None:
+    """Run what is not up to date, in order, and print a table; raises NotebookError."""
+    stale = run.stale(names, forced)
+    width = max(map(len, names))
+    estimates = {n: run.table[n].minutes.get(preset) for n in names}
+    table = [("notebook", "section", "state", "minutes", "headline")]
+    for number, name in enumerate(names, 1):
+        label = f"[{number}/{len(names)}] {name:{width}}"
+        if name in stale:
+            left = [estimates[n] for n in names[number - 1 :] if n in stale]
+            print(f"{label}  section {run.table[name].section}, {_expected(left)}", flush=True)
+            minutes = run.execute(name)
+            print(f"{label}  done in {minutes:.1f} min", flush=True)
+        else:
+            minutes = run.state(name)["minutes"]
+            print(f"{label}  up to date", flush=True)
+        state = "ran" if name in stale else "up to date"
+        row = (name, run.table[name].section, state, f"{minutes:.1f}", run.headline(name))
+        table.append(row)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for row in table:
+        print("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip())
+    print(f"\neverything is in {_shown(run.folder)}")
+
+
+def _expected(minutes: Sequence[float | None]) -> str:
+    """Words for the estimates of a notebook and of those after it."""
+    if minutes[0] is None:
+        return "time unknown"
+    total = f"{sum(m or 0 for m in minutes):g} min left in all"
+    return f"about {minutes[0]:g} min; {'more than ' if None in minutes else ''}{total}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="laptop", help="a file in experiments/params")
+    parser.add_argument(
+        "--notebook",
+        action="append",
+        default=[],
+        help="run this and what it needs (repeatable)",
+    )
+    parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "experiments" / "runs")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a parameter"
+    )
+    parser.add_argument("--force", action="store_true", help="run even what is up to date")
+    parser.add_argument(
+        "--publish", action="store_true", help="then update committed rows, figures and outputs"
+    )
+    parser.add_argument("--list", action="store_true", help="list the notebooks and stop")
+    options = parser.parse_args(arguments)
+    try:
+        if options.list:
+            for n in load_table().values():
+                minutes = n.minutes.get(options.preset)
+                about = "" if minutes is None else f"  (about {minutes:g} min, {options.preset})"
+                print(f"{n.name:24} section {n.section:8} {n.title}{about}")
+            return 0
+        run, asked, names = plan(options)
+        with run.locked():
+            run_all(run, options.preset, names, asked if options.force else ())
+            if options.publish:
+                done = run.publish()
+                print(f"published {len(done)} files: {', '.join(done)}")
+    except UserError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+    except NotebookError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end the kernel too, as Ctrl-C does
+        signal.signal(number, _interrupt)
+    sys.exit(main())
