@@ -3,12 +3,13 @@
 
 SHELL := bash
 PRESET ?= laptop
-NOTEBOOK ?=
+# The other notebooks say nothing about the ablation.
+NOTEBOOK ?= $(if $(filter ablation,$(PRESET)),04_training)
 
 # Command-line variables do not reach $(shell) by themselves in older makes.
 ENVIRONMENT := $(shell GATO_ENV='$(GATO_ENV)' USE_CONDA='$(USE_CONDA)' bash experiments/setup.sh --where)
 PYTHON := "$(ENVIRONMENT)/bin/python"
-RUN := $(PYTHON) experiments/run.py --preset "$(PRESET)"
+RUN := $(PYTHON) experiments/run.py --preset "$(PRESET)" $(foreach name,$(NOTEBOOK),--notebook $(name))
 PYTEST := $(PYTHON) -m pytest
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
 	--nbval-sanitize-with notebooks/sanitize.cfg
@@ -28,14 +29,14 @@ endif
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@echo "make TARGET [PRESET=smoke|laptop|accelerator|paper] [NOTEBOOK=04_training]"
+	@echo "make TARGET [PRESET=smoke|laptop|ablation|accelerator|paper] [NOTEBOOK=04_training]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' Makefile
 
 setup: ## make the Python environment, or bring it up to date
 	@bash experiments/setup.sh
 
 reproduce: setup ## run the notebooks that are not up to date (or NOTEBOOK and what it needs)
-	@$(RUN) $(foreach name,$(NOTEBOOK),--notebook $(name))
+	@$(RUN)
 
 test: setup ## unit tests, then every notebook at smoke size
 	@status=0; \
@@ -50,7 +51,7 @@ test-slow: setup ## tests that take minutes
 notebooks: setup ## every notebook at smoke size, as tests
 	@$(PYTEST) $(NBVAL) notebooks && echo "notebooks: all passed"
 
-results: setup ## run the workbook, then update the committed rows, figures and outputs
+results: setup ## run the notebooks, then update the committed files that PRESET publishes
 	@$(RUN) --publish
 
 references: setup ## measure the expert and random returns that scores are relative to

@@ -10,8 +10,8 @@ import argparse
 import pandas as pd
 
 from gato_lib import domains, results
-from gato_lib.episodes import write_text
 from gato_lib.evaluation import measure_references
+from gato_lib.files import write_text
 
 
 def main() -> None:

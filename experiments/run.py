@@ -6,8 +6,9 @@
 
 experiments/notebooks.yaml lists the notebooks, experiments/params/<preset>.yaml says what differs
 from the smoke-sized defaults that stand in each notebook. Everything is checked before anything
-runs. A notebook whose code, parameters, library and inputs are those of its last finished run is
-not run again, so the same command continues after an interruption.
+runs. A notebook whose code, parameters, library and inputs (the runs of the notebooks it needs, and
+committed files) are those of its last finished run is not run again, so the same command continues
+after an interruption. --publish copies what the preset `publishes` to where git keeps it.
 
 A run lives in <runs>/<preset>/:
 
@@ -64,6 +65,7 @@ class Notebook:
     title: str
     section: str
     needs: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     minutes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     commit_outputs: bool = False
@@ -79,7 +81,8 @@ def load_table() -> dict[str, Notebook]:
     table: dict[str, Notebook] = {}
     for name, fields in _read_yaml(path).items():
         try:
-            fields = fields | {k: tuple(fields.get(k) or ()) for k in ("needs", "outputs")}
+            lists = ("needs", "inputs", "outputs")
+            fields = fields | {k: tuple(fields.get(k) or ()) for k in lists}
             notebook = Notebook(name=name, **fields | {"section": str(fields["section"])})
         except (TypeError, KeyError) as error:
             raise UserError(f"{_shown(path)}: {name}: {error}") from error
@@ -91,19 +94,43 @@ def load_table() -> dict[str, Notebook]:
 
 def load_preset(name: str) -> dict[str, dict[str, Any]]:
     """The parameters a preset gives to each notebook; raises UserError."""
-    folder = ROOT / "experiments" / "params"
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
-    if name not in known:
-        raise UserError(f"unknown preset {name!r}; {_nearest(name, known)}")
-    path, table = folder / f"{name}.yaml", load_table()
-    content = {"shared": {}, "notebooks": {}} | _read_yaml(path)
-    _reject_unknown(_shown(path), "section", set(content), ["shared", "notebooks"])
+    path, content = _read_preset(name)
+    table = load_table()
     shared, special = content["shared"] or {}, content["notebooks"] or {}
     _reject_unknown(_shown(path), "notebook", special, list(table))
     for section in (shared, *special.values()):
         if section is not None and not isinstance(section, dict):
             raise UserError(f"{_shown(path)}: expected 'key: value' lines, got {section!r}")
     return {n: shared | (special.get(n) or {}) for n in table}
+
+
+# Where publishing puts the files of a run's folder.
+PUBLISHED = {"results": "experiments/results", "figures": "figures"}
+
+
+def load_publishes(name: str) -> tuple[str, ...]:
+    """What a preset publishes: file patterns, and the word `notebooks`; raises UserError."""
+    path, content = _read_preset(name)
+    patterns = content["publishes"]
+    if not isinstance(patterns, list | None):
+        raise UserError(f"{_shown(path)}: publishes: expected a list, got {patterns!r}")
+    for pattern in patterns or ():
+        if not re.fullmatch(rf"notebooks|({'|'.join(PUBLISHED)})/[^/]+", str(pattern)):
+            text = f"{_shown(path)}: publishes: {pattern!r}: expected 'notebooks' or a pattern in "
+            raise UserError(text + " or ".join(f"{folder}/" for folder in PUBLISHED))
+    return tuple(patterns or ())
+
+
+def _read_preset(name: str) -> tuple[pathlib.Path, dict[str, Any]]:
+    folder = ROOT / "experiments" / "params"
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"unknown preset {name!r}; {_nearest(name, known)}")
+    path = folder / f"{name}.yaml"
+    sections = {"shared": {}, "notebooks": {}, "publishes": None}
+    content = _read_yaml(path)
+    _reject_unknown(_shown(path), "section", content, list(sections))
+    return path, sections | content
 
 
 def validate_parameters(
@@ -234,6 +261,7 @@ class Run:
     folder: pathlib.Path
     table: dict[str, Notebook]
     parameters: dict[str, dict[str, Any]]
+    publishes: tuple[str, ...] = ()
 
     def state_path(self, name: str) -> pathlib.Path:
         return self.folder / "state" / f"{name}.json"
@@ -251,13 +279,39 @@ class Run:
             self.parameters[name],
             library_digest(),
             [self.state(n) for n in self.table[name].needs],
+            {i: self._digest(i) for i in self.table[name].inputs},
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _digest(self, name: str) -> str | None:
+        """sha256 of a committed file; None where there is none.
+
+        What this preset itself publishes is its product, not its input: publishing would make the
+        run that wrote it out of date.
+        """
+        path = ROOT / name
+        for pattern in map(pathlib.PurePath, self.publishes):
+            same_folder = path.parent == ROOT / PUBLISHED.get(pattern.parent.name, "notebooks")
+            if same_folder and path.match(pattern.name):
+                return None
+        if not path.is_file():
+            return None
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
     def missing(self, name: str) -> list[str]:
         """Declared outputs that are not there."""
         outputs = (*self.table[name].outputs, f"notebooks/{name}.ipynb")
-        return [o for o in outputs if not (self.folder / o).exists()]
+        return [o for o in outputs if not self._is_there(self.folder / o)]
+
+    def _is_there(self, path: pathlib.Path) -> bool:
+        """Whether an output exists; a pointer to an agent, agents/<any>.json, if the agent does."""
+        if path.suffix != ".json" or path.parent != self.folder / "agents":
+            return path.exists()
+        try:
+            folder = path.parent / json.loads(path.read_text())["folder"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return (folder / "meta.json").is_file()
 
     def stale(self, names: Sequence[str], forced: Sequence[str]) -> set[str]:
         """Which of `names`, in order, have to run."""
@@ -338,24 +392,33 @@ class Run:
         return ", ".join(f"{metric} {value:.4g}" for metric, value in list(values.items())[:3])
 
     def publish(self) -> list[str]:
-        """Copy rows, figures and the outputs of executed notebooks to where git keeps them.
+        """Copy what the preset publishes to where git keeps it: all of it, or NotebookError.
 
         A notebook's cells stay as they are in the source, smoke-sized defaults included; only
         outputs and execution counts come from the run.
         """
-        done = []
-        for pattern, target in (("results/*.csv", "experiments/results"), ("figures/*", "figures")):
-            for path in sorted(self.folder.glob(pattern)):
-                if path.is_file() and not path.name.startswith("."):
-                    _write(ROOT / target / path.name, path.read_bytes())
-                    done.append(f"{target}/{path.name}")
+        files = {}
+        for pattern in self.publishes:
+            if pattern != "notebooks":
+                found = sorted(p for p in self.folder.glob(pattern) if _is_publishable(p))
+                if not found:
+                    raise NotebookError(f"published nothing: the run wrote no {pattern}")
+                files |= {f"{PUBLISHED[p.parent.name]}/{p.name}": p for p in found}
+        for target, path in files.items():
+            _write(ROOT / target, path.read_bytes())
+        done = list(files)
         for notebook in self.table.values():
-            if notebook.commit_outputs:
+            if notebook.commit_outputs and "notebooks" in self.publishes:
                 source = nbformat.read(notebook.path, 4)
                 executed = _code_cells(self.folder / "notebooks" / f"{notebook.name}.ipynb")
                 _write(notebook.path, nbformat.writes(_with_outputs(source, executed)) + "\n")
                 done.append(f"notebooks/{notebook.path.name}")
         return done
+
+
+def _is_publishable(path: pathlib.Path) -> bool:
+    """A file, and not one that a killed process left half written."""
+    return path.is_file() and not path.name.startswith(".") and path.suffix != ".partial"
 
 
 def _with_outputs(source: Any, executed: Sequence[Any]) -> Any:
@@ -391,8 +454,14 @@ def plan(options: argparse.Namespace) -> tuple[Run, list[str], list[str]]:
     """
     table, parameters = load_table(), load_preset(options.preset)
     _reject_unknown("--notebook", "notebook", options.notebook, list(table))
-    if options.publish and (options.notebook or options.set):
-        raise UserError("--publish takes the whole workbook: leave out --notebook and --set")
+    publishes = load_publishes(options.preset)
+    if options.publish and not publishes:
+        where = f"experiments/params/{options.preset}.yaml"
+        raise UserError(f"--publish: {where} has no list 'publishes': there is nothing to publish")
+    if options.publish and options.set:
+        raise UserError("--publish takes a preset as it is: leave out --set")
+    if options.publish and options.notebook and "notebooks" in publishes:
+        raise UserError("--publish takes the whole workbook here: leave out --notebook")
     asked = options.notebook or list(table)
     wanted = set(asked)
     for name in reversed(table):
@@ -407,7 +476,8 @@ def plan(options: argparse.Namespace) -> tuple[Run, list[str], list[str]]:
         if "run_dir" in values:
             raise UserError("run_dir is set by run.py: use --runs")
         parameters[name] = values
-    return Run(options.runs.absolute() / options.preset, table, parameters), asked, names
+    run = Run(options.runs.absolute() / options.preset, table, parameters, publishes)
+    return run, asked, names
 
 
 def _parse_set(text: str) -> tuple[str, Any]:
@@ -470,7 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--force", action="store_true", help="run even what is up to date")
     parser.add_argument(
-        "--publish", action="store_true", help="then update committed rows, figures and outputs"
+        "--publish", action="store_true", help="then update committed rows, figures, outputs"
     )
     parser.add_argument("--list", action="store_true", help="list the notebooks and stop")
     options = parser.parse_args(arguments)

@@ -6,8 +6,9 @@
 #   experiments/setup.sh --where   print where it is or would be
 #
 # .venv (a virtual environment), or .conda where conda or mamba is installed. It ends with a stamp
-# that names what was installed; an interrupted installation has none and is made anew, a changed
-# pyproject.toml is installed on top.
+# that names what was installed; an interrupted first installation is made anew, a changed
+# pyproject.toml is installed on top. A .venv that was there before is its owner's: it is installed
+# into, its stamp begins with "adopted", and nothing here ever removes it.
 #
 #   USE_CONDA=0   a virtual environment even where conda is installed
 #   GATO_ENV=dir  an environment of your own: used as it is, nothing is installed
@@ -132,18 +133,18 @@ if [[ -n ${GATO_ENV:-} ]]; then
 fi
 
 done_key=$(cat "$stamp" 2>/dev/null || true)
-if [[ $done_key == "$key" ]] && is_311 "$python"; then
+adopted=
+if [[ $done_key == adopted* || ( -z $conda && -z $done_key && -e $env ) ]]; then adopted="adopted "; fi
+if [[ $done_key == "$adopted$key" ]] && is_311 "$python"; then
   say "${env##*/} is up to date"
   exit
 fi
-# What was begun and not finished, or has lost its Python, is made anew. A .venv without a stamp is
-# its owner's: it is installed into.
-if [[ -e $env ]]; then
+if [[ -e $env ]]; then # what was begun here and not finished, or has lost its Python, is made anew
   if [[ $done_key == building || ( -z $done_key && -n $conda ) ]]; then
     say "the last installation was interrupted; starting again"
     rm -rf "$env"
   elif ! is_311 "$python"; then
-    [[ -n $done_key ]] || die "${env##*/} is not Python 3.11; move it away and run make again"
+    [[ -z $adopted ]] || die "${env##*/} is not Python 3.11; move it away and run make again"
     rm -rf "$env"
   fi
 fi
@@ -156,13 +157,15 @@ if [[ -n $conda ]]; then
   verb=(create)
   if [[ -e $env ]]; then verb=(update --prune); fi
   rm -f "$stamp"
+  export CONDA_ALWAYS_YES=1 MAMBA_ALWAYS_YES=1 # conda's name for it, and mamba's
   follow "$conda" env "${verb[@]}" --prefix "$env" --file environment.yml
 else
-  if [[ -e $env ]]; then echo building >"$stamp"; else make_venv; fi
+  # Until this is done, the stamp must fit no key: an interrupted update is installed again.
+  if [[ -e $env ]]; then echo "${adopted:-updating}" >"$stamp"; else make_venv; fi
   follow "$python" -m pip install --disable-pip-version-check --progress-bar off -e ".[$extras]"
 fi
 install_kernel
 check_rendering
-printf '%s\n' "$key" >"$stamp.new" && mv "$stamp.new" "$stamp"
+printf '%s\n' "$adopted$key" >"$stamp.new" && mv "$stamp.new" "$stamp"
 say "${env##*/} is ready after $((SECONDS - begin)) s: $("$python" --version), $(
   "$python" -c 'from importlib.metadata import version as v; print("jax", v("jax"), "flax", v("flax"))')"

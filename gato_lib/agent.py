@@ -17,8 +17,8 @@ import numpy as np
 
 from gato_lib import tokenizers
 from gato_lib.config import ModelConfig
-from gato_lib.embedding import table_row
-from gato_lib.episodes import Episode, select
+from gato_lib.embedding import check_text, table_row
+from gato_lib.episodes import Episode, check_observation, select
 from gato_lib.sequence import Batch, Tokenizer, make_batch
 from gato_lib.training import graph_of, merge
 
@@ -36,7 +36,7 @@ class History:
         self.observations: list[Any] = []
         self.action_ids: list[np.ndarray] = []
         self.prompt = prompt or ([], [])
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng([seed, 2])  # not the stream of the layout
 
 
 class Agent:
@@ -61,6 +61,7 @@ class Agent:
             raise ValueError(f"continuous is {continuous!r}, expected one of {CHOICES}")
         if discrete not in CHOICES[:2]:
             raise ValueError(f"discrete is {discrete!r}, expected one of {CHOICES[:2]}")
+        check_text(config, text)
         self.config, self.params, self.text = config, params, text
         self.context_length = context_length
         self.continuous, self.discrete = continuous, discrete
@@ -94,16 +95,21 @@ class Agent:
     def act(self, tokenizer: Tokenizer, histories: Sequence[History]) -> list[Any]:
         """An action for each history, whose last observation has no action yet.
 
-        All histories share `tokenizer`'s spaces. Chosen ids are appended to the histories.
+        All histories share `tokenizer`'s spaces. Chosen ids are appended to the histories. What is
+        chosen for one does not depend on the others, but for float rounding. Raises DataError for
+        an observation that does not fit its space.
         """
         spec = tokenizer.action_spec
         blank = np.full(spec.num_tokens, spec.legal_ids[0], np.int32)
-        # The most live steps any window can hold, judged by the newest step of the first history.
-        newest = len(tokenizer.steps(histories[0].observations[-1:], blank[None]))
-        most = self.context_length // newest + 2
-        observations, actions, counts = [], [], []
         for h in histories:
-            live = min(len(h.observations), most)
+            check_observation(h.observations[-1], tokenizer.observation_space, "act")
+        newest = tokenizer.steps(
+            [h.observations[-1] for h in histories], np.tile(blank, (len(histories), 1))
+        )
+        observations, actions, counts = [], [], []
+        for h, tokens in zip(histories, np.diff(newest.offsets), strict=True):
+            # More live steps than a window is likely to hold; what does not fit leaves it below.
+            live = min(len(h.observations), self.context_length // int(tokens) + 2)
             observations += h.prompt[0] + h.observations[-live:]
             actions += h.prompt[1] + [*h.action_ids, blank][-live:]
             counts.append((len(h.prompt[0]), live))
@@ -116,6 +122,11 @@ class Agent:
             budget = self.context_length - (at[first] - at[begin])
             while at[last] - at[first] > budget:  # the oldest live steps leave the window
                 first += 1
+            if first == last:
+                raise ValueError(
+                    f"the newest timestep has {at[last] - at[last - 1]} tokens, context_length "
+                    f"{self.context_length} leaves {budget} beside the prompt"
+                )
             spans = [(int(at[begin]), int(at[begin + prompted])), (int(at[first]), int(at[last]))]
             windows.append(spans)
             separators.append(sum(b - a for a, b in spans) - spec.num_tokens - 1)

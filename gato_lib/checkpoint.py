@@ -11,28 +11,36 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from gato_lib.episodes import write_text
+from gato_lib.files import write_text
 
 
 class Checkpointer:
     """Keeps the last `keep` checkpoints of a run in `folder`, and its settings in meta.json.
 
     A kill during a save leaves the previous checkpoint as the latest; what it left behind is
-    removed at the next start.
+    removed when training starts again. `read_only` touches nothing, so an agent can be loaded
+    while it is being trained. Raises ValueError where the folder holds a run of other settings.
     """
 
-    def __init__(self, folder: str | os.PathLike, meta: dict[str, Any], keep: int = 2):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        meta: dict[str, Any],
+        keep: int = 2,
+        read_only: bool = False,
+    ):
         self.folder = pathlib.Path(folder).absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for partial in (self.folder / "steps").glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
-        path = self.folder / "meta.json"
-        if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(meta)):
-            raise ValueError(f"{path}: the run there has other settings; choose another folder")
-        write_text(path, json.dumps(meta, indent=1, sort_keys=True))
-        self._manager = ocp.CheckpointManager(
-            self.folder / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            for partial in (self.folder / "steps").glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+            path = self.folder / "meta.json"
+            if path.is_file() and read_meta(folder) != json.loads(json.dumps(meta)):
+                raise ValueError(f"{path}: the run there has other settings; choose another folder")
+            write_text(path, json.dumps(meta, indent=1, sort_keys=True))
+        self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -73,4 +81,7 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
     path = pathlib.Path(folder) / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no trained agent there")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a run's settings ({error})") from error

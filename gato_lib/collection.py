@@ -8,18 +8,24 @@ the paper's return rule and merged into one Minari data set, and the shards are 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import shutil
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from gato_lib import domains
+from gato_lib.config import source_digest
 from gato_lib.episodes import (
     DataError,
     Episode,
@@ -28,12 +34,41 @@ from gato_lib.episodes import (
     read_minari,
     read_shard,
     stack_observations,
+    validate,
     write_minari,
     write_shard,
 )
 
-CHUNK = 20  # episodes a worker collects before it reports
-FORMAT = 1  # raise when what is stored changes
+CHUNK = 10  # episodes a worker collects before it reports
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int | None = None) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """Spawned worker processes (never forked: JAX may be running here), one a core.
+
+    On an error or an interrupt nothing more is started; if this process is killed, they end too.
+    """
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers or os.cpu_count() or 1,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_with_parent,
+    )
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the parent does, however it ended."""
+
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def episode_score(task: str, rewards: Sequence[float], success: bool) -> float:
@@ -53,9 +88,21 @@ class Collection:
 
     @property
     def folder(self) -> pathlib.Path:
-        settings = [FORMAT, self.task, self.episodes, list(self.noise), self.seed]
+        domain = self.task.split("/")[0]
+        code = source_digest("collection.py", "episodes.py", f"domains/{domain}.py")
+        settings = [code, self.task, self.episodes, list(self.noise), self.seed]
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         return pathlib.Path(self.root) / f"{self.task.replace('/', '-')}-{digest}"
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What identifies it, as kept in the data set."""
+        return {
+            "task": self.task,
+            "collected": self.episodes,
+            "noise": list(self.noise),
+            "seed": self.seed,
+        }
 
     @property
     def done(self) -> bool:
@@ -109,7 +156,7 @@ def _collect_chunk(collection: Collection, indices: Sequence[int]) -> int:
             seed = collection.episode_seed(index, attempt)
             try:
                 episode = rollout(
-                    env, expert, collection.task, seed, noise, np.random.default_rng(seed)
+                    env, expert, collection.task, seed, noise, np.random.default_rng([seed, 1])
                 )
             except domains.ExpertError:
                 continue
@@ -122,27 +169,36 @@ def _collect_chunk(collection: Collection, indices: Sequence[int]) -> int:
 
 
 def _merge(collection: Collection) -> None:
-    """Filter and write the Minari data set, then drop the shards; runs in a worker process."""
-    episodes = [read_shard(collection.shard(i)) for i in range(collection.episodes)]
+    """Check, filter and write the Minari data set, then drop the shards; runs in a worker.
+
+    Raises DataError naming the shard or the task; the shards stay.
+    """
+    env = domains.make_env(collection.task)
+    episodes = []
+    for index in range(collection.episodes):
+        path = collection.shard(index)
+        episode = read_shard(path)
+        if episode.task != collection.task:
+            raise DataError(f"{path}: task is {episode.task}, expected {collection.task}")
+        validate(episode, env.observation_space, env.action_space, str(path))
+        episodes.append(episode)
     scores = [episode_score(collection.task, e.rewards, e.success) for e in episodes]
-    keep = keep_mask(scores)
     if domains.TASKS[collection.task].metric == "success":
         keep = np.array([e.success for e in episodes])
-    env = domains.make_env(collection.task)
+    else:
+        try:
+            keep = keep_mask(scores)
+        except ValueError as error:
+            raise DataError(f"{collection.task}: {error}") from error
+    if not keep.any():
+        raise DataError(f"{collection.task}: the expert solved no episode of {len(episodes)}")
     write_minari(
         collection.folder,
         [e for e, k in zip(episodes, keep, strict=True) if k],
         env.observation_space,
         env.action_space,
-        {
-            "task": collection.task,
-            "collected": collection.episodes,
-            "kept": int(keep.sum()),
-            "expert_return": expert_return(scores),
-            "scores": scores,
-            "noise": list(collection.noise),
-            "seed": collection.seed,
-        },
+        collection.card
+        | {"kept": int(keep.sum()), "expert_return": expert_return(scores), "scores": scores},
     )
     env.close()
     shutil.rmtree(collection.shard(0).parent)
@@ -151,18 +207,25 @@ def _merge(collection: Collection) -> None:
 def collect(collections: Sequence[Collection], workers: int | None = None) -> Iterator[str]:
     """Collect what is missing, yielding one line of progress at a time.
 
-    Work is spread over spawned processes (never forked: JAX may be running here). A killed
-    collection goes on where it stopped; a finished one returns at once.
+    A killed collection goes on where it stopped; a finished one returns at once. Only one process
+    may collect into a folder at a time.
     """
+    for c in collections:  # what a kill left behind
+        leftovers = [*c.folder.parent.glob(f".{c.folder.name}.*.partial")]
+        leftovers += [*c.shard(0).parent.glob("*.partial")]
+        for path in leftovers + ([c.shard(0).parent] if c.done else []):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     todo = [c for c in collections if not c.done]
     if not todo:
         return
     missing = {c: [i for i in range(c.episodes) if not c.shard(i).is_file()] for c in todo}
     total, left = sum(c.episodes for c in todo), sum(map(len, missing.values()))
     yield f"collecting {left} of {total} episodes of {len(todo)} tasks"
-    context = multiprocessing.get_context("spawn")
-    workers = workers or min(os.cpu_count() or 1, len(todo))
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    begin, wanted = time.perf_counter(), left
+    with worker_pool(workers) as pool:
         pending: dict[concurrent.futures.Future, Collection] = {}
         chunks_left = {}
         for c in todo:
@@ -180,15 +243,23 @@ def collect(collections: Sequence[Collection], workers: int | None = None) -> It
                 c = pending.pop(future)
                 count = future.result()
                 if count is None:  # a merge
-                    yield f"{c.task}: {c.episodes} episodes collected"
                     continue
                 left -= count
                 chunks_left[c] -= 1
                 if chunks_left[c] == 0:
                     pending[pool.submit(_merge, c)] = c
-        yield f"{total} episodes of {len(todo)} tasks collected"
+                seconds = (time.perf_counter() - begin) * left / (wanted - left)
+                yield f"{total - left} of {total} episodes collected, about {seconds:.0f} s left"
+    yield f"{total} episodes of {len(todo)} tasks collected"
 
 
 def load(collection: Collection) -> tuple[list[Episode], dict]:
-    """The kept episodes and the data card of a finished collection."""
-    return read_minari(collection.folder)
+    """The kept episodes and the data card of a finished collection.
+
+    Raises DataError where the data set is damaged or is not this collection.
+    """
+    episodes, card = read_minari(collection.folder)
+    for key, value in collection.card.items():
+        if card.get(key) != value:
+            raise DataError(f"{collection.folder}: {key} is {card.get(key)!r}, expected {value!r}")
+    return episodes, card

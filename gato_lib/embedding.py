@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from gato_lib import tokenizers
-from gato_lib.config import ModelConfig
+from gato_lib.config import ConfigError, ModelConfig
 
 LOCAL_ROWS = 512 + 1  # observation tokens, and one row for all actions (sequence.ACTION_POSITION)
 PATCH_ROWS = 128
@@ -34,6 +34,12 @@ def table_row(ids: Int[Array, "..."], config: ModelConfig) -> Int[Array, "..."]:
     With 32,000 text rows this is the identity. The ids themselves are always the paper's.
     """
     return ids - (ids >= tokenizers.TEXT_IDS) * (tokenizers.TEXT_IDS - config.text_rows)
+
+
+def check_text(config: ModelConfig, text: tokenizers.TextTokenizer | None) -> None:
+    """Raise ConfigError where a text tokenizer has more pieces than the table has rows for."""
+    if text is not None and text.size > config.text_rows:
+        raise ConfigError(f"{text.size} text pieces, but text_rows is {config.text_rows}")
 
 
 def value_features(width: int, seed: int = 0) -> np.ndarray:

@@ -7,18 +7,18 @@ which differ where noise was injected during collection.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import zipfile
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+
+from gato_lib.files import atomic_path
 
 # A leaf is an array with a leading time axis, or a list of strings; a dict nests leaves.
 Nested = dict[str, "Nested"] | np.ndarray | list[str]
@@ -84,6 +84,14 @@ def select(tree: Nested, step: int) -> Any:
     if isinstance(tree, dict):
         return {k: select(v, step) for k, v in tree.items()}
     return tree[step]
+
+
+def check_observation(observation: Any, space: gym.Space, where: str) -> None:
+    """Raise DataError where one observation does not fit its space, naming the key."""
+    if isinstance(space, gym.spaces.Dict) and not isinstance(observation, dict):
+        kind = type(observation).__name__
+        raise DataError(f"{where}: observation is {kind}, expected a dict")
+    _check_leaves(stack_observations([observation]), space, 1, where, "observation")
 
 
 def validate(
@@ -160,22 +168,6 @@ def keep_mask(scores: Sequence[float], fraction: float = 0.8) -> np.ndarray:
 
 
 # --- shards: one file an episode, whole or absent ------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike):
-    """Yield a temporary path beside `path` that is renamed onto it when the block succeeds."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def write_shard(path: str | os.PathLike, episode: Episode) -> None:
@@ -264,7 +256,7 @@ def write_minari(
         storage.update_episodes(buffers)
         storage.update_metadata(
             {
-                "dataset_id": f"gato/{folder.parent.name}-v0",
+                "dataset_id": f"gato/{folder.name}-v0",
                 "minari_version": "0.5.4",
                 "gato": json.dumps(metadata, sort_keys=True),
             }
@@ -306,9 +298,3 @@ def read_minari(folder: str | os.PathLike) -> tuple[list[Episode], dict[str, Any
         validate(episode, *spaces, where)
         episodes.append(episode)
     return episodes, metadata
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        pathlib.Path(temporary).write_text(text)

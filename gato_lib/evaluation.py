@@ -1,4 +1,4 @@
-"""Rollouts and scores (paper 4.1, section 7 of the appendix's protocol).
+"""Rollouts and scores (paper 4.1, App. L).
 
 A score is normalised per task: 0 is a random policy, 1 is the task's expert. Both references are
 measured by `measure_references` and committed.
@@ -10,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import io
-import multiprocessing
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,9 @@ import pandas as pd
 
 from gato_lib import domains
 from gato_lib.agent import Agent, History
-from gato_lib.collection import episode_score
-from gato_lib.episodes import Episode, write_text
+from gato_lib.collection import episode_score, worker_pool
+from gato_lib.episodes import DataError, Episode
+from gato_lib.files import write_text
 
 
 def normalized_score(score: float, random: float, expert: float) -> float:
@@ -107,11 +107,11 @@ def rollouts(
             known[task] = demonstrations(task)
         return agent.prompt(tokenizer, known[task][reset_seed % len(known[task])], prompt)
 
-    done = pd.DataFrame(columns=EPISODE_COLUMNS)
-    if path is not None and pathlib.Path(path).is_file():
-        done = pd.read_csv(path)
-        done = done[done.task.isin(tasks) & (done.seed == seed) & (done["index"] < episodes)]
-    rows = done.to_dict("records")
+    for task in tasks:
+        domains.domain_of(task)  # an unknown task is named before anything is played
+    old = _read_episodes(path)
+    asked = old.task.isin(tasks) & (old.seed == seed) & (old["index"] < episodes)
+    others, rows = old[~asked].to_dict("records"), old[asked].to_dict("records")
     finished = {(r["task"], r["index"]) for r in rows}
     for domain in dict.fromkeys(domains.TASKS[t].domain for t in tasks):
         active = []
@@ -141,9 +141,18 @@ def rollouts(
             active = [lane for lane in active if lane not in stopped]
             if over:
                 if path is not None:
-                    write_text(path, _csv(rows))
+                    write_text(path, _csv(others + rows))
                 yield _table(rows)
     yield _table(rows)
+
+
+def _read_episodes(path: str | os.PathLike | None) -> pd.DataFrame:
+    if path is None or not pathlib.Path(path).is_file():
+        return pd.DataFrame(columns=list(EPISODE_COLUMNS))
+    try:
+        return pd.read_csv(path)[list(EPISODE_COLUMNS)]
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{path}: not a table of played episodes ({error})") from error
 
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -170,7 +179,7 @@ def _reference(task: str, policy: str, episodes: int, seed: int) -> dict[str, An
         reset_seed = episode_seed(f"{policy} {task}", seed, index)
         index += 1
         observation, _ = env.reset(seed=reset_seed)
-        env.action_space.seed(reset_seed)
+        env.action_space.seed(reset_seed + 1)  # not the stream of the layout
         expert.reset(env)
         rewards, success, action = [], False, None
         try:
@@ -204,9 +213,7 @@ def measure_references(
     tasks: Sequence[str], episodes: int, seed: int, workers: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """Random and expert scores of each task, yielded as they are measured."""
-    context = multiprocessing.get_context("spawn")
-    workers = workers or os.cpu_count() or 1
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with worker_pool(workers) as pool:
         jobs = [
             pool.submit(_reference, task, policy, episodes, seed)
             for policy in ("random", "expert")
@@ -222,7 +229,11 @@ def read_references(path: str | os.PathLike) -> pd.DataFrame:
     An expert is weak under half of its floor, and not sound where its 95 % interval meets
     random's.
     """
-    frame = pd.read_csv(path).set_index(["task", "policy"])
+    try:
+        frame = pd.read_csv(path).set_index(["task", "policy"])
+        frame[["mean", "standard_error", "n"]]
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{path}: not a table of references ({error})") from error
     rows = []
     for task in dict.fromkeys(t for t, _ in frame.index):
         random, expert = frame.loc[(task, "random")], frame.loc[(task, "expert")]
@@ -247,26 +258,55 @@ def read_references(path: str | os.PathLike) -> pd.DataFrame:
 
 
 def score_table(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """One row a task: mean score, normalised score with a 95 % bootstrap interval, n."""
+    """One row a task: mean score, normalised score with a 95 % bootstrap interval, n.
+
+    Where the expert is not sound the normalised columns are NaN: pandas leaves them out of means
+    and counts. `weak` is carried along.
+    """
     rows = []
     for task, group in episodes.groupby("task", sort=False):
         reference = references.loc[task]
-        scale = lambda x, r=reference: normalized_score(x, r["random"], r["expert"])  # noqa: E731
-        low, high = bootstrap([group.score.to_numpy(float)], seed)
+        scores = group.score.to_numpy(float)
+        columns = {"normalized": scores.mean()}
+        columns["low"], columns["high"] = bootstrap([scores], seed)
+        for key, value in columns.items():
+            columns[key] = (
+                normalized_score(value, reference["random"], reference["expert"])
+                if reference["sound"]
+                else float("nan")
+            )
         rows.append(
             {
                 "task": task,
                 "domain": domains.TASKS[task].domain,
                 "random": reference["random"],
-                "agent": group.score.mean(),
+                "score": scores.mean(),
                 "expert": reference["expert"],
-                "normalized": scale(group.score.mean()),
-                "low": scale(low),
-                "high": scale(high),
+                **columns,
                 "success": group.success.mean(),
+                "weak": bool(reference["weak"]),
                 "n": len(group),
             }
         )
+    return pd.DataFrame(rows)
+
+
+def domain_means(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """One row a domain: mean normalised score over its sound tasks, 95 % interval, tasks.
+
+    The interval resamples episodes within each task.
+    """
+    strata: dict[str, list[np.ndarray]] = {}
+    for task, group in episodes.groupby("task"):
+        r = references.loc[task]
+        if r["sound"]:
+            unit = (group.score.to_numpy(float) - r["random"]) / (r["expert"] - r["random"])
+            strata.setdefault(domains.TASKS[task].domain, []).append(unit)
+    rows = []
+    for domain, units in strata.items():
+        low, high = bootstrap(units, seed)
+        mean = float(np.mean([u.mean() for u in units]))
+        rows.append({"domain": domain, "mean": mean, "low": low, "high": high, "n": len(units)})
     return pd.DataFrame(rows)
 
 
@@ -280,9 +320,3 @@ def bootstrap(
     )
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
-
-
-def tasks_above(normalized: Sequence[float], thresholds: Sequence[float]) -> np.ndarray:
-    """How many tasks reach each threshold: the curve of Fig. 5, int (len(thresholds),)."""
-    scores = np.asarray(normalized)
-    return (scores[None, :] >= np.asarray(thresholds)[:, None]).sum(axis=1)

@@ -1,4 +1,4 @@
-"""The training mixture: weighted, seeded, resumable batches (paper 2.3, 4.2 of Table 1; App. D).
+"""The training mixture: weighted, seeded, resumable batches (paper 2.3, Table 1, App. D).
 
 Batches are of one domain each, chosen by the domains' weights: sequences of one shape need no
 padding to another's. (The paper mixes domains within a batch; README, Deviations.) Batch number i
@@ -20,15 +20,13 @@ from gato_lib.sequence import Batch, TokenSequence, concatenate, make_batch
 
 @dataclasses.dataclass
 class TaskData:
-    """Where one task's episodes and training windows lie in its group's sequence.
+    """Where one task's episodes lie in its group's sequence, one after another.
 
     Attributes:
       episodes: int64 (E, 2), first and last step (half-open) of each episode.
-      windows: int64 (W, 2), episode and first step of each window.
     """
 
     episodes: np.ndarray
-    windows: np.ndarray
 
 
 @dataclasses.dataclass
@@ -64,10 +62,9 @@ def _window_end(offsets: np.ndarray, first: int, limit: int, tokens: int) -> int
 def build_group(
     name: str, sequences: dict[str, Sequence[TokenSequence]], config: DataConfig
 ) -> Group:
-    """Join a domain's episodes, list its windows, and choose its batch shape.
+    """Join a domain's episodes and choose its batch shape.
 
-    A window starts at any step from which the context can be filled, or at step 0 of a shorter
-    episode; every step is in some window. Raises ValueError where one timestep does not fit.
+    Raises ValueError where one timestep does not fit the context.
     """
     seq = concatenate([s for episodes in sequences.values() for s in episodes])
     offsets = seq.offsets
@@ -79,18 +76,14 @@ def build_group(
         )
     tasks, step, longest = {}, 0, 0
     for task, episodes in sequences.items():
-        spans, windows = [], []
-        for index, episode in enumerate(episodes):
-            last = step + episode.steps
-            spans.append((step, last))
-            for first in range(step, last):
-                end = _window_end(offsets, first, last, config.context_length)
-                windows.append((index, first))
-                longest = max(longest, int(offsets[end] - offsets[first]))
-                if end == last:  # later windows would only repeat the tail of this one
-                    break
-            step = last
-        tasks[task] = TaskData(np.array(spans), np.array(windows))
+        ends = step + np.cumsum([e.steps for e in episodes])
+        begins = np.concatenate([[step], ends[:-1]])
+        tasks[task] = TaskData(np.stack([begins, ends], axis=1))
+        for begin, end in tasks[task].episodes:
+            for first in range(begin, end):
+                last = _window_end(offsets, first, end, config.context_length)
+                longest = max(longest, int(offsets[last] - offsets[first]))
+        step = int(ends[-1])
     group = Group(name, seq, tasks, length=longest)
     group.batch_size = max(1, config.batch_tokens // longest)
     mask = np.concatenate([[0], np.cumsum(seq.loss_mask(config.text_loss))])
@@ -113,43 +106,51 @@ def _distinct_patches(seq: TokenSequence, windows: list[list[tuple[int, int]]]) 
 def sample_windows(
     group: Group, config: DataConfig, rng: np.random.Generator
 ) -> list[list[tuple[int, int]]]:
-    """Token spans for each row of a batch: tasks alike, windows alike within a task."""
+    """Token spans for each row of a batch: tasks alike, timesteps alike within a task."""
     names = list(group.tasks)
     rows = []
     for _ in range(group.batch_size):
         task = group.tasks[names[rng.integers(len(names))]]
-        window = task.windows[rng.integers(len(task.windows))]
-        rows.append(_row(group, task, window, config, rng))
+        anchor = int(rng.integers(task.episodes[0, 0], task.episodes[-1, 1]))
+        rows.append(_row(group, task, anchor, config, rng))
     return rows
 
 
 def _row(
     group: Group,
     task: TaskData,
-    window: np.ndarray,
+    anchor: int,
     config: DataConfig,
     rng: np.random.Generator,
 ) -> list[tuple[int, int]]:
-    """One window, with a prompt in front of it in `prompt_fraction` of the cases (2.3).
+    """A window around a step, with a prompt in front of it in `prompt_fraction` of cases (2.3).
 
     A prompt is whole steps of another episode of the task, at most half of the context: half of
-    them from the episode's end, half from anywhere.
+    them from the episode's end, half from anywhere. The window is as many whole steps as fit, with
+    the anchor anywhere in it, moved back inside the episode at its end: an episode's last steps,
+    which earn the reward, are seen nearly as often as others.
     """
     offsets = group.seq.offsets
-    index, first = window
+    index = int(np.searchsorted(task.episodes[:, 1], anchor, side="right"))
+    begin, end = task.episodes[index]
     spans, budget = [], group.length
     if len(task.episodes) > 1 and rng.random() < config.prompt_fraction:
         other = int(rng.integers(len(task.episodes) - 1))
         start, last = task.episodes[other + (other >= index)]
         if rng.random() >= 0.5:
             last = int(rng.integers(start, last)) + 1  # anywhere; otherwise the episode's end
-        begin = int(np.searchsorted(offsets, offsets[last] - group.length // 2))
-        begin = max(begin, start)
-        if begin < last:
-            spans.append((int(offsets[begin]), int(offsets[last])))
+        first = max(start, int(np.searchsorted(offsets, offsets[last] - group.length // 2)))
+        if first < last:
+            spans.append((int(offsets[first]), int(offsets[last])))
             budget -= spans[0][1] - spans[0][0]
-    end = _window_end(offsets, first, task.episodes[index][1], budget)
-    spans.append((int(offsets[first]), int(offsets[end])))
+    earliest = lambda last: max(  # noqa: E731
+        begin, int(np.searchsorted(offsets, offsets[last] - budget))
+    )
+    first = int(rng.integers(earliest(anchor + 1), anchor + 1))
+    last = _window_end(offsets, first, end, budget)
+    if last == end:
+        first = min(first, earliest(end))
+    spans.append((int(offsets[first]), int(offsets[last])))
     return spans
 
 

@@ -17,6 +17,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gato_lib.files import write_bytes
+
 NARROW, WIDE = 3.3, 6.8  # inches: one column and two
 
 _colorblind = sns.color_palette("colorblind")
@@ -64,7 +66,7 @@ def save(
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         data = io.BytesIO()
         fig.savefig(data, format=suffix, metadata=metadata, bbox_inches="tight")
-        _replace(folder / f"{name}.{suffix}", data.getvalue())
+        write_bytes(folder / f"{name}.{suffix}", data.getvalue())
     provenance = {
         "figure": name,
         "notebook": notebook,
@@ -74,14 +76,8 @@ def save(
         },
         "versions": {k: importlib.metadata.version(k) for k in ("matplotlib", "seaborn")},
     }
-    _replace(folder / f"{name}.json", (json.dumps(provenance, indent=1) + "\n").encode())
+    write_bytes(folder / f"{name}.json", (json.dumps(provenance, indent=1) + "\n").encode())
     return folder / f"{name}.png"
-
-
-def _replace(path: pathlib.Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def threshold_curve(scores: pd.DataFrame, ax: Axes) -> Axes:
@@ -104,23 +100,20 @@ def threshold_curve(scores: pd.DataFrame, ax: Axes) -> Axes:
     total = len(scores)
     above = int((scores.normalized >= 0.5).sum())
     ax.axvline(50, color="0.2", lw=0.8, ls=":")
-    ax.annotate(
-        f"{above} of {total} tasks\nabove 50 %",
-        (50, above),
-        xytext=(54, min(above + 0.06 * total, total * 0.97)),
-        va="top" if above > 0.85 * total else "bottom",
-    )
+    ax.set_title(f"{above} of {total} tasks at 50 % of expert or more", fontsize=9, loc="left")
     # The paper's statement, scaled to our number of tasks: over 450 of 604 above 50 %.
-    ax.plot(50, 450 / 604 * total, "o", mfc="none", mec="0.35", ms=7)
+    paper = 450 / 604 * total
+    ax.plot(50, paper, "o", mfc="white", mec="0.25", ms=7)
     ax.annotate(
-        "paper: over 450 of 604",
-        (50, 450 / 604 * total),
-        xytext=(-6, -3),
+        "paper:\nover 450 of 604",
+        (50, paper),
+        xytext=(7, 0),
         textcoords="offset points",
-        ha="right",
-        va="top",
-        color="0.35",
+        va="center",
+        fontsize=7.5,
+        bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1.0},
     )
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.set(
         xlim=(0, 100),
         ylim=(0, total),
@@ -144,6 +137,15 @@ def score_bars(scores: pd.DataFrame, ax: Axes) -> Axes:
     ax.axvline(100, color="0.5", lw=0.8, ls=":")
     ax.set(xlabel="Normalized score (% of expert, 0 = random)", ylim=(-0.6, len(order) - 0.4))
     ax.tick_params(axis="y", length=0)
+    shown = [d for d in DOMAIN_COLORS if d in set(order.domain)]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=DOMAIN_COLORS[d]) for d in shown]
+    ax.legend(
+        handles,
+        [DOMAIN_NAMES[d] for d in shown],
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=len(shown),
+    )
     return ax
 
 

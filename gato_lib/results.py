@@ -13,6 +13,8 @@ from typing import Any
 
 import pandas as pd
 
+from gato_lib.files import write_text
+
 COLUMNS = (
     "run",
     "git_sha",
@@ -93,11 +95,7 @@ def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> pd
         odd = sorted(set(frame.columns) ^ set(COLUMNS))
         raise ValueError(f"{path}: result columns differ in {odd}")
     frame = frame[list(COLUMNS)]
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    frame.to_csv(temporary, index=False, float_format="%.6g")
-    os.replace(temporary, path)
+    write_text(path, frame.to_csv(index=False, float_format="%.10g"))
     return frame
 
 

@@ -79,14 +79,14 @@ class ActionSpec:
     discrete_range: str = "shared"
 
     def __post_init__(self) -> None:
-        if space_kind(self.space) not in (DISCRETE, CONTINUOUS):
-            raise TypeError(f"actions must be discrete or continuous, got {self.space}")
+        if not (isinstance(self.space, gym.spaces.Discrete) or self.continuous):
+            raise TypeError(f"actions must be Discrete or a float Box, got {self.space}")
         if self.continuous and not np.isfinite([self.space.low, self.space.high]).all():
             raise ValueError(f"continuous actions need finite bounds, got {self.space}")
 
     @property
     def continuous(self) -> bool:
-        return space_kind(self.space) == CONTINUOUS
+        return isinstance(self.space, gym.spaces.Box) and space_kind(self.space) == CONTINUOUS
 
     @property
     def num_tokens(self) -> int:
@@ -98,8 +98,7 @@ class ActionSpec:
         if self.continuous:
             return tokenizers.CONTINUOUS_START, tokenizers.SEPARATOR
         start = tokenizers.discrete_start(self.discrete_range)
-        n = self.space.n if isinstance(self.space, gym.spaces.Discrete) else tokenizers.NUM_BINS
-        return start, start + int(n)
+        return start, start + int(self.space.n)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Actions (T, ...) to ids (T, num_tokens). Bounds are scaled to [-1, 1], not companded."""
@@ -113,9 +112,7 @@ class ActionSpec:
     def decode(self, ids: np.ndarray) -> Any:
         """Ids (num_tokens,) to an action of the space."""
         if not self.continuous:
-            value = tokenizers.decode_discrete(ids, discrete_range=self.discrete_range)
-            value = value.reshape(self.space.shape)
-            return int(value) if value.ndim == 0 else value.astype(self.space.dtype)
+            return int(tokenizers.decode_discrete(ids, discrete_range=self.discrete_range)[0])
         return self.decode_unit(tokenizers.decode_continuous(ids, companded=False))
 
     def decode_unit(self, unit: np.ndarray) -> np.ndarray:

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
+from gato_lib.files import write_bytes
+
 TEXT_IDS = 32_000
 NUM_BINS = 1_024
 CONTINUOUS_START = TEXT_IDS
@@ -167,9 +169,5 @@ def train_text_tokenizer(
         num_threads=1,
         minloglevel=2,
     )
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, path)
+    write_bytes(path, model.getvalue())
     return TextTokenizer(path)

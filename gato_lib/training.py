@@ -98,6 +98,8 @@ def train(
 ) -> Iterator[tuple[Metrics, Any]]:
     """Train, yielding (metrics, params) every `report_every` steps and at the end.
 
+    The parameters are given away to the next step: copy what is to outlive it.
+
     Goes on from the checkpointer's latest checkpoint; the result does not depend on where a run
     was cut. Raises FloatingPointError where the loss is not finite, naming the step and domain;
     the last checkpoint stays.
@@ -120,15 +122,15 @@ def train(
         state, loss, norm = step_fn(state, np.int32(step), batch)
         pending.append((domain, loss, norm))
         done = step + 1
-        if done % report_every == 0 or done == config.steps:
+        save = checkpointer is not None and (done % save_every == 0 or done == config.steps)
+        report = done % report_every == 0 or done == config.steps
+        if save or report:
+            _check_finite(pending, done)
+        if report:
             now = time.perf_counter()
             losses: dict[str, list[float]] = {}
-            for offset, (name, value, _) in enumerate(pending):
-                value = float(value)
-                if not math.isfinite(value):
-                    at = done - len(pending) + offset
-                    raise FloatingPointError(f"loss is {value} at step {at}, domain {name}")
-                losses.setdefault(name, []).append(value)
+            for name, value, _ in pending:
+                losses.setdefault(name, []).append(float(value))
             tokens += seen
             rate = (done - start) / (now - begin)
             yield (
@@ -145,5 +147,14 @@ def train(
                 state["params"],
             )
             seen, padded, waited, pending, since = 0, 0, 0.0, [], time.perf_counter()
-        if checkpointer is not None and (done % save_every == 0 or done == config.steps):
+        if save:
             checkpointer.save(done, state, {"tokens": tokens + seen})
+
+
+def _check_finite(pending: list[tuple[str, Any, Any]], done: int) -> None:
+    """Raise FloatingPointError naming the first step whose loss or gradient is not finite."""
+    for offset, (domain, loss, norm) in enumerate(pending):
+        for what, value in (("loss", float(loss)), ("gradient norm", float(norm))):
+            if not math.isfinite(value):
+                at = done - len(pending) + offset
+                raise FloatingPointError(f"{what} is {value} at step {at}, domain {domain}")

@@ -1,4 +1,4 @@
-"""What the notebooks share: from settings to data, a trained agent and back.
+"""What the notebooks share: from settings to data, a trained agent, its play, and back.
 
 `prepare` collects what is missing and builds the mixture; `train_agent` trains or resumes an agent
 in the run's folder; `load_agent` brings one back. Each can be called alone, from any notebook, and
@@ -12,8 +12,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,19 +22,43 @@ import pandas as pd
 from gato_lib import collection, domains, results
 from gato_lib.agent import Agent
 from gato_lib.checkpoint import Checkpointer, read_meta
-from gato_lib.config import ConfigError, DataConfig, ModelConfig, TrainConfig, model_config
-from gato_lib.episodes import DataError, Episode, write_text
+from gato_lib.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    model_config,
+    source_digest,
+)
+from gato_lib.embedding import check_text
+from gato_lib.episodes import Episode
+from gato_lib.evaluation import rollouts
+from gato_lib.files import write_bytes, write_text
 from gato_lib.mixture import Mixture, build_group
 from gato_lib.sequence import Tokenizer, TokenSequence
 from gato_lib.tokenizers import TextTokenizer, train_text_tokenizer
 from gato_lib.training import Metrics, initial_state, train
 
+# What decides a trained agent besides its settings.
+TRAINING_CODE = tuple(
+    f"{name}.py"
+    for name in (
+        "config",
+        "tokenizers",
+        "sequence",
+        "mixture",
+        "embedding",
+        "transformer",
+        "model",
+        "training",
+    )
+)
 SMALL_TASKS = ("babyai/GoToObj", "metaworld/drawer-close")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The folders of one run. `Run.at("")` is experiments/runs/<preset>."""
+    """The folders of one run. `Run.at("", preset)` is experiments/runs/<preset>."""
 
     root: pathlib.Path
     preset: str
@@ -123,31 +145,27 @@ class Prepared:
 def prepare(run: Run, config: DataConfig) -> Prepared:
     """Collect what is missing, tokenize it, and build the mixture. Prints progress."""
     wanted = collections(run, config)
-    with Progress() as progress:
-        for line in collection.collect(wanted):
-            progress(line)
-        episodes: dict[str, list[Episode]] = {}
-        cards = []
-        for number, item in enumerate(wanted):
-            progress(f"reading and tokenizing {item.task} ({number + 1} of {len(wanted)})")
-            episodes[item.task], card = collection.load(item)
-            if not episodes[item.task]:
-                raise DataError(f"{item.folder}: no episode passed the filter")
-            cards.append(card)
-        text = _text_tokenizer(run, config, episodes)
-        groups: dict[str, dict[str, list[TokenSequence]]] = {}
-        for task, kept in episodes.items():
-            env = domains.make_env(task)
-            tokenizer = Tokenizer(env.observation_space, env.action_space, text)
-            env.close()
-            tokens = [tokenizer.episode(e) for e in kept]
-            groups.setdefault(domains.TASKS[task].domain, {})[task] = tokens
-            cards[len([t for g in groups.values() for t in g]) - 1] |= {
-                "steps": sum(s.steps for s in tokens),
-                "tokens": sum(map(len, tokens)),
-            }
-        mixture = Mixture([build_group(n, s, config) for n, s in groups.items()], config)
-        progress(f"{len(wanted)} tasks ready", done=True)
+    progress = Progress()
+    for line in collection.collect(wanted):
+        progress(line)
+    episodes: dict[str, list[Episode]] = {}
+    cards = []
+    for number, item in enumerate(wanted):
+        progress(f"reading {item.task} ({number + 1} of {len(wanted)})")
+        episodes[item.task], card = collection.load(item)
+        cards.append(card)
+    text = _text_tokenizer(run, config, episodes)
+    groups: dict[str, dict[str, list[TokenSequence]]] = {}
+    for (task, kept), card in zip(episodes.items(), cards, strict=True):
+        env = domains.make_env(task)
+        tokenizer = Tokenizer(env.observation_space, env.action_space, text, config.discrete_range)
+        env.close()
+        tokens = [tokenizer.episode(e) for e in kept]
+        groups.setdefault(domains.TASKS[task].domain, {})[task] = tokens
+        card["steps"] = sum(s.steps for s in tokens)
+        card["tokens"] = sum(map(len, tokens))
+    mixture = Mixture([build_group(n, s, config) for n, s in groups.items()], config)
+    progress(f"{len(wanted)} tasks ready", done=True)
     return Prepared(mixture, text, cards)
 
 
@@ -178,51 +196,61 @@ def train_agent(
     model: ModelConfig,
     config: TrainConfig,
     prepared: Prepared,
-    *,
-    report_every: int = 100,
-    save_every: int = 1000,
+    **cadence: int,
 ) -> tuple[pathlib.Path, pd.DataFrame]:
     """Train an agent, or finish training it, and return its folder and its metrics.
 
-    The folder is `agents/<name>-<digest of every setting>`; `agents/<name>.json` points to the
-    latest one finished. Metrics have step, tokens, domain, loss and the rest of `Metrics`.
+    The folder is `agents/<name>-<digest of every setting and of the code>`; `agents/<name>.json`
+    points to the latest one finished. Metrics have step, tokens, domain, loss and the rest of
+    `Metrics`. `cadence` is `report_every` and `save_every`, as in `train`.
     """
     data = prepared.mixture.config
+    if model.discrete_range != data.discrete_range:
+        raise ConfigError("discrete_range differs between the model's and the data's settings")
+    check_text(model, prepared.text)
+    code = source_digest(*TRAINING_CODE)
     meta = {"model": model.to_dict(), "train": config.to_dict(), "data": data.to_dict()}
-    digest = "".join(c.digest()[:4] for c in (model, config, data))
+    digest = "".join([c.digest()[:4] for c in (model, config, data)] + [code[:4]])
     folder = run.agents / f"{name}-{digest}"
-    checkpointer = Checkpointer(folder, meta)
-    if prepared.text is not None and not (folder / "text.model").is_file():
-        shutil.copyfile(prepared.text.path, folder / ".text.partial")
-        os.replace(folder / ".text.partial", folder / "text.model")
+    checkpointer = Checkpointer(folder, meta | {"code": code})
+    try:
+        metrics = _train(name, folder, model, config, prepared, checkpointer, **cadence)
+    finally:
+        checkpointer.close()
+    write_text(run.agents / f"{name}.json", json.dumps({"folder": folder.name}))
+    return folder, metrics
+
+
+def _train(
+    name: str,
+    folder: pathlib.Path,
+    model: ModelConfig,
+    config: TrainConfig,
+    prepared: Prepared,
+    checkpointer: Checkpointer,
+    **cadence: int,
+) -> pd.DataFrame:
+    if prepared.text is not None:
+        write_bytes(folder / "text.model", prepared.text.path.read_bytes())
     path = folder / "metrics.csv"
     start = checkpointer.latest() or 0
     rows = []
     if path.is_file():
         old = pd.read_csv(path)
-        rows = old[old.step <= start].to_dict("records")
+        rows = old[old.step <= start].to_dict("records")  # later ones are made again
     if start < config.steps:
-        with Progress() as progress:
-            for metrics, _ in train(
-                model,
-                config,
-                prepared.mixture,
-                checkpointer,
-                report_every=report_every,
-                save_every=save_every,
-            ):
-                rows += _metric_rows(metrics)
-                write_text(path, pd.DataFrame(rows).to_csv(index=False))
-                losses = "  ".join(f"{k} {v:.3f}" for k, v in metrics.loss.items())
-                progress(
-                    f"{name} step {metrics.step} of {config.steps}: loss {losses}, "
-                    f"{metrics.tokens_per_second:,.0f} tokens/s, "
-                    f"{duration(metrics.seconds_left)} left",
-                    done=metrics.step == config.steps,
-                )
-    checkpointer.close()
-    write_text(run.agents / f"{name}.json", json.dumps({"folder": folder.name}))
-    return folder, pd.DataFrame(rows)
+        progress = Progress()
+        for metrics, _ in train(model, config, prepared.mixture, checkpointer, **cadence):
+            rows += _metric_rows(metrics)
+            write_text(path, pd.DataFrame(rows).to_csv(index=False))
+            losses = "  ".join(f"{k} {v:.3f}" for k, v in metrics.loss.items())
+            progress(
+                f"{name} step {metrics.step} of {config.steps}: loss {losses}, "
+                f"{metrics.tokens_per_second:,.0f} tokens/s, "
+                f"{duration(metrics.seconds_left)} left",
+                done=metrics.step == config.steps,
+            )
+    return pd.DataFrame(rows)
 
 
 def _metric_rows(metrics: Metrics) -> list[dict[str, Any]]:
@@ -237,7 +265,7 @@ def load_agent(folder: str | os.PathLike, **choices: Any) -> Agent:
     meta = read_meta(folder)
     model, data = ModelConfig.from_dict(meta["model"]), DataConfig.from_dict(meta["data"])
     train_config = TrainConfig.from_dict(meta["train"])
-    checkpointer = Checkpointer(folder, meta)
+    checkpointer = Checkpointer(folder, meta, read_only=True)
     _, state, _ = checkpointer.restore(jax.eval_shape(lambda: initial_state(model, train_config)))
     checkpointer.close()
     text = TextTokenizer(folder / "text.model") if (folder / "text.model").is_file() else None
@@ -302,34 +330,61 @@ def tiny_agent(run: Run, name: str, seed: int) -> pathlib.Path:
     return train_agent(run, name, network, fit, prepare(run, data))[0]
 
 
+def play(
+    run: Run,
+    folder: pathlib.Path,
+    episodes: int,
+    seed: int,
+    *,
+    lanes: int,
+    prompt: str,
+    **choices: Any,
+) -> pd.DataFrame:
+    """Play every task that the agent in `folder` was trained on; prints progress.
+
+    Played episodes are kept beside the agent, so an interrupted evaluation goes on.
+    """
+    trained = trained_on(folder)
+    code = source_digest(*TRAINING_CODE, "agent.py", "evaluation.py")
+    name = "-".join(["episodes", *map(str, choices.values()), prompt, code])
+    total, progress, begin, before = episodes * len(trained.tasks), Progress(), time.time(), None
+    for played in rollouts(
+        load_agent(folder, **choices),
+        trained.tasks,
+        episodes,
+        seed,
+        folder / f"{name}.csv",
+        lanes,
+        demonstrations(run, trained.data),
+        prompt,
+    ):
+        before = len(played) if before is None else before
+        rate = (len(played) - before) / (time.time() - begin + 1e-9)
+        left = f", about {duration((total - len(played)) / rate)} left" if rate > 0 else ""
+        progress(f"{len(played)} of {total} episodes played{left}", done=len(played) == total)
+    return played
+
+
 # --- progress -------------------------------------------------------------------------------------
 
 
 class Progress:
-    """Prints progress lines: rewritten in place in Jupyter, one every few seconds elsewhere."""
+    """Prints a line at most every few seconds, and always the last."""
 
     def __init__(self, every: float = 10.0):
         self._every = every
-        self._last = -1e9
         self._begin = time.perf_counter()
-        self._line = ""
-
-    def __enter__(self) -> Progress:
-        return self
+        self._last = -every
 
     def __call__(self, line: str, done: bool = False) -> None:
-        self._line = line
-        now = time.perf_counter()
+        now = time.perf_counter() - self._begin
         if done or now - self._last >= self._every:
             self._last = now
-            print(f"[{duration(now - self._begin):>8}] {line}", flush=True)
-
-    def __exit__(self, *_: Any) -> None:
-        sys.stdout.flush()
+            print(f"[{duration(now):>8}] {line}", flush=True)
 
 
 def duration(seconds: float) -> str:
-    """ "4 s", "3 min 20 s", "2 h 5 min"."""
+    """As in 4 s, 3 min 20 s, 2 h 05 min."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,11 +10,12 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from gato_lib import collection, domains
 from gato_lib.collection import Collection
-from gato_lib.episodes import read_shard
+from gato_lib.episodes import DataError, read_shard, write_shard
 
 TASK = "babyai/GoToObj"
 
@@ -84,6 +86,69 @@ def test_seeds_of_collection_and_evaluation_never_meet():
     item = Collection("x", TASK, 10, (0.0,), 0)
     assert all(item.episode_seed(i, a) < 2**30 for i in range(50) for a in range(3))
     assert all(2**30 <= episode_seed(TASK, s, i) < 2**31 for s in range(3) for i in range(50))
+
+
+def test_bad_shards_are_named_and_kept(tmp_path):
+    item = Collection(str(tmp_path), TASK, 2, (0.0,), 0)
+    collection._collect_chunk(item, [0, 1])
+    good = read_shard(item.shard(1))
+    image = good.observations["image"][:, :32]
+    write_shard(
+        item.shard(1),
+        dataclasses.replace(good, observations=good.observations | {"image": image}),
+    )
+    with pytest.raises(DataError, match=r"000001.npz: observations/image has shape"):
+        collection._merge(item)
+    write_shard(item.shard(1), dataclasses.replace(good, task="babyai/Open"))
+    with pytest.raises(DataError, match=r"000001.npz: task is babyai/Open"):
+        collection._merge(item)
+    assert not item.done and item.shard(0).is_file()
+    write_shard(item.shard(1), good)
+    item.folder.with_name(f".{item.folder.name}.1.partial").mkdir()  # a killed merge
+    assert list(collection.collect([item], workers=1))[-1] == "2 episodes of 1 tasks collected"
+    assert [p.name for p in tmp_path.iterdir()] == [item.folder.name]
+
+
+def test_a_task_without_a_solved_episode_is_named(tmp_path):
+    item = Collection(str(tmp_path), "metaworld/drawer-close", 1, (0.0,), 0)
+    collection._collect_chunk(item, [0])
+    write_shard(item.shard(0), dataclasses.replace(read_shard(item.shard(0)), success=False))
+    with pytest.raises(DataError, match="metaworld/drawer-close: the expert solved no episode"):
+        collection._merge(item)
+
+
+def test_a_data_set_of_another_collection_is_refused(tmp_path):
+    item, _ = collect(tmp_path)
+    other = dataclasses.replace(item, seed=9)
+    item.folder.rename(other.folder)
+    with pytest.raises(DataError, match="seed is 0, expected 9"):
+        collection.load(other)
+
+
+ORPHAN = """
+import os, sys, time
+from gato_lib.collection import worker_pool
+if __name__ == "__main__":
+    with worker_pool(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 60)
+        time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(ORPHAN)
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    with process:
+        worker = int(process.stdout.readline())
+        process.kill()
+    deadline = time.time() + 20
+    while time.time() < deadline and psutil.pid_exists(worker):
+        if psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.05)
+    assert time.time() < deadline
 
 
 def test_an_expert_that_always_fails_is_reported(tmp_path, monkeypatch):

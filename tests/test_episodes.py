@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from gato_lib import domains, episodes
+from gato_lib import domains, episodes, files
 from gato_lib.episodes import DataError
 
 
@@ -144,7 +144,7 @@ def test_expert_return_by_hand():
 
 
 def test_atomic_path_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError), episodes.atomic_path(tmp_path / "a") as path:
+    with pytest.raises(RuntimeError), files.atomic_path(tmp_path / "a") as path:
         path.write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []

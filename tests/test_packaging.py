@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -65,6 +66,7 @@ def test_every_dependency_is_pinned_exactly():
 # A module may import only modules above it. `domains` is a package: one entry for all its modules.
 ORDER = (
     "config",
+    "files",
     "tokenizers",
     "episodes",
     "domains",
@@ -82,7 +84,11 @@ ORDER = (
     "plotting",
     "workbook",
 )
-LEAVES = ("config", "results", "plotting")  # import nothing of gato_lib but config
+LEAVES = {  # and these only what is named here
+    "files": set(),
+    "results": {"config", "files"},
+    "plotting": {"config", "files"},
+}
 PLOTS = {"matplotlib", "seaborn"}  # only in plotting
 NEVER = {"papermill", "nbformat", "nbclient", "notebooks", "experiments", "tests"}
 
@@ -114,8 +120,7 @@ def test_imports_go_in_one_direction(path):
         return
     assert module in ORDER, f"give {module} its place in ORDER"
     allowed = set(ORDER[: ORDER.index(module)])
-    if module in LEAVES:
-        allowed &= {"config"}
+    allowed &= LEAVES.get(module, allowed)
     if module == "domains":
         allowed |= {"domains"}
     assert ours <= allowed, f"{module} imports {sorted(ours - allowed)}, which stand below it"
@@ -149,6 +154,38 @@ def test_presets_fit_their_notebooks(preset):
     table = driver.load_table()
     for name, values in driver.load_preset(preset).items():
         assert driver.validate_parameters(table[name].path, values).get("preset") == preset
+
+
+def test_what_presets_publish():
+    published = {preset: driver.load_publishes(preset) for preset in PRESETS}
+    assert {preset for preset, patterns in published.items() if patterns} == {"laptop", "ablation"}
+    assert "notebooks" in published["laptop"] and "notebooks" not in published["ablation"]
+    rows = pathlib.PurePath("results/ablation_value_rows.csv")
+    assert [p for p in published["laptop"] if rows.match(p)] == []
+    assert [p for p in published["ablation"] if rows.match(p)] == [str(rows)]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ([], '--preset "laptop" --publish'),
+        (["PRESET=ablation"], '--preset "ablation" --notebook 04_training --publish'),
+        (["PRESET=x", "NOTEBOOK=a b"], '--preset "x" --notebook a --notebook b --publish'),
+    ],
+)
+def test_make_results(variables, expected):
+    ours = ("MAKE", "MFLAGS", "PRESET", "NOTEBOOK")  # of a make that runs these tests
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    out = subprocess.run(
+        ["make", "--dry-run", "results", *variables],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert expected in " ".join(out.split())
 
 
 # --- the driver, on a workbook of two small notebooks ---------------------------------------------
@@ -201,6 +238,10 @@ TABLE = {
     },
 }
 
+# The globs leave out what another preset would publish.
+PRESET = "{shared: {preset: tiny}, publishes: [results/f*.csv, figures/*, notebooks]}"
+ROWS_ONLY = "{shared: {preset: tiny}, publishes: [results/f*.csv]}"
+
 
 def write_notebook(path: pathlib.Path, parameters: str, code: str) -> None:
     cells = [
@@ -233,18 +274,20 @@ class Workbook:
         content = TABLE | {"second": TABLE["second"] | second}
         (self.root / "experiments/notebooks.yaml").write_text(yaml.safe_dump(content))
 
-    def preset(self, text: str = "shared: {preset: tiny}") -> None:
+    def preset(self, text: str = PRESET) -> None:
         (self.root / "experiments/params/tiny.yaml").write_text(text)
 
     def main(self, *arguments: str) -> int:
         return self.driver.main(["--preset", "tiny", *arguments])
 
-    def stale(self, **options) -> list[str]:
-        """What a run with these options would execute."""
+    def plan(self, **options):
         defaults = {"preset": "tiny", "notebook": [], "set": [], "publish": False}
         runs = self.root / "experiments/runs"
-        chosen = argparse.Namespace(**defaults | {"runs": runs} | options)
-        run, _, names = self.driver.plan(chosen)
+        return self.driver.plan(argparse.Namespace(**defaults | {"runs": runs} | options))
+
+    def stale(self, **options) -> list[str]:
+        """What a run with these options would execute."""
+        run, _, names = self.plan(**options)
         return sorted(run.stale(names, ()))
 
     def start(self, *arguments: str) -> subprocess.Popen:
@@ -282,6 +325,11 @@ def workbook(tmp_path):
         (["--notebook", "first", "--set", "stepps=3"], None, ["'stepps'", "did you mean steps"]),
         (["--notebook", "first", "--set", "rate=1e-4"], None, ["rate", "write 0.0001"]),
         (["--publish", "--notebook", "first"], None, ["--publish takes the whole workbook"]),
+        (["--publish", "--set", "steps=3"], ROWS_ONLY, ["--publish", "leave out --set"]),
+        (["--publish"], "shared: {preset: tiny}", ["tiny.yaml has no list 'publishes'"]),
+        ([], "publishes: notebooks", ["tiny.yaml: publishes: expected a list"]),
+        ([], "publishes: [../x]", ["tiny.yaml: publishes: '../x'", "results/ or figures/"]),
+        ([], "publishes: [results/a/b]", ["tiny.yaml: publishes: 'results/a/b'"]),
         ([], "shared: {presett: tiny}", ["tiny.yaml", "'presett'", "did you mean preset"]),
         ([], "notebooks: {frist: {}}", ["tiny.yaml", "unknown notebook 'frist'"]),
         ([], "share: {}", ["tiny.yaml", "unknown section 'share'"]),
@@ -377,10 +425,14 @@ def test_runs_what_is_not_up_to_date(workbook, capsys):
     assert workbook.stale() == []
 
     # Publishing changes committed files but not what is up to date.
+    for name in ("results/other.csv", "figures/plot.png.partial", "figures/.plot.png.1.partial"):
+        (workbook.folder / name).touch()
     source = workbook.root / "notebooks/first.ipynb"
     cells = json.loads(source.read_text())["cells"]
     assert workbook.main("--publish") == 0
     assert (workbook.root / "figures/plot.png").read_bytes() == b"picture"
+    assert os.listdir(workbook.root / "figures") == ["plot.png"]
+    assert os.listdir(workbook.root / "experiments/results") == ["first.csv"]
     with (workbook.root / "experiments/results/first.csv").open(newline="") as file:
         assert next(csv.DictReader(file))["value"] == "0.5"
     published = json.loads(source.read_text())["cells"]
@@ -391,6 +443,65 @@ def test_runs_what_is_not_up_to_date(workbook, capsys):
     assert published == cells  # no injected cell, no papermill metadata
     assert not json.loads(path.read_text())["cells"][2]["outputs"]
     assert workbook.stale() == []
+
+
+def test_committed_inputs_count(workbook):
+    workbook.table(inputs=["experiments/results/input.csv"])
+    (run, _, _), seen = workbook.plan(), []
+    path = workbook.root / "experiments/results/input.csv"
+    path.parent.mkdir()
+    seen.append(run.fingerprint("second"))
+    first = run.fingerprint("first")
+    for content in ("1", "2"):
+        path.write_text(content)
+        seen.append(run.fingerprint("second"))
+    assert len(set(seen)) == 3
+    assert run.fingerprint("first") == first
+    workbook.preset("publishes: [notebooks, results/in*.csv]")  # its own product
+    fingerprint = workbook.plan()[0].fingerprint("second")
+    path.write_text("3")
+    assert workbook.plan()[0].fingerprint("second") == fingerprint
+
+
+def test_committed_inputs_of_the_table():
+    """A notebook that reads a committed file says so."""
+    for notebook in driver.load_table().values():
+        source = "".join(c.source for c in nbformat.read(notebook.path, 4).cells)
+        read = re.findall(r'results\.COMMITTED / "([^"]+)"', source)
+        assert set(notebook.inputs) == {f"experiments/results/{name}" for name in read}
+
+
+@pytest.mark.parametrize("pointer", ['{"folder": "able-1"}', "{}", "[]", "{", '{"folder": 1}'])
+def test_a_pointer_counts_with_its_agent(workbook, pointer):
+    workbook.table(outputs=["agents/able.json"])
+    run, _, _ = workbook.plan()
+    (run.folder / "agents/able-1").mkdir(parents=True)
+    assert "agents/able.json" in run.missing("second")
+    (run.folder / "agents/able.json").write_text(pointer)
+    assert "agents/able.json" in run.missing("second")
+    (run.folder / "agents/able-1/meta.json").touch()
+    assert ("agents/able.json" not in run.missing("second")) == ("able-1" in pointer)
+
+
+def test_publishing_after_some_notebooks(workbook, capsys):
+    workbook.preset("publishes: [results/f*.csv, figures/never.*]")
+    before = (workbook.root / "notebooks/first.ipynb").read_bytes()
+    for name in ("results/first.csv", "figures/plot.png", "notebooks/first.ipynb"):
+        (workbook.folder / name).parent.mkdir(parents=True)
+        (workbook.folder / name).write_text(name)
+    (workbook.folder / "state").mkdir()
+    run, _, _ = workbook.plan()
+    state = {"fingerprint": run.fingerprint("first"), "minutes": 1}
+    run.state_path("first").write_text(json.dumps(state))
+    (workbook.folder / "results/first.csv").write_text("domain,metric,value\n")
+    assert workbook.main("--publish", "--notebook", "first") == 1
+    assert "the run wrote no figures/never.*" in capsys.readouterr().err
+    assert not (workbook.root / "experiments/results").exists()
+    workbook.preset("publishes: [results/f*.csv]")
+    assert workbook.main("--publish", "--notebook", "first") == 0
+    assert "published 1 files: experiments/results/first.csv" in capsys.readouterr().out
+    assert (workbook.root / "notebooks/first.ipynb").read_bytes() == before
+    assert not (workbook.root / "figures").exists()
 
 
 def test_failing_notebook_is_named_and_run_again(workbook, capsys):
@@ -435,3 +546,77 @@ def test_list(workbook, capsys):
     out = capsys.readouterr().out
     assert "first" in out and "section 2.1" in out and "about 1 min, tiny" in out
     assert os.listdir(workbook.root / "experiments").count("runs") == 0
+
+
+# --- the environment ------------------------------------------------------------------------------
+
+
+class Environment:
+    """A copy of setup.sh, with programs that only pretend."""
+
+    def __init__(self, root: pathlib.Path):
+        self.root = root
+        (root / "experiments").mkdir(parents=True)
+        shutil.copy(REPOSITORY / "experiments/setup.sh", root / "experiments")
+        for name in ("pyproject.toml", "environment.yml"):
+            (root / name).touch()
+        self.stamp = root / ".venv/.gato-stamp"
+        self.mine = root / ".venv/mine"
+        self.program(root / "bin/python3.11", "-m venv")
+        self.mine.parent.mkdir()
+        self.mine.touch()
+
+    def program(self, path: pathlib.Path, fails: str = "nothing") -> None:
+        """A python that does nothing, but fails when its arguments begin with `fails`."""
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(f'#!/bin/sh\ncase "$*" in "{fails}"*) exit 1;; esac\n')
+        path.chmod(0o755)
+
+    def setup(self, fails: str = "nothing") -> subprocess.CompletedProcess:
+        """Run setup.sh where the environment, if any, has a python that fails at this."""
+        if self.mine.exists():
+            self.program(self.root / ".venv/bin/python", fails)
+        variables = {"USE_CONDA": "0", "GATO_NO_APT": "1", "GATO_ENV": "", "EXTRAS": "dev"}
+        path = f"{self.root / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", "experiments/setup.sh"],
+            cwd=self.root,
+            env=os.environ | variables | {"PATH": path, "TMPDIR": str(self.root)},
+            capture_output=True,
+            text=True,
+        )
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return Environment(tmp_path / "my work book")
+
+
+def test_setup_never_removes_an_environment_it_did_not_make(environment):
+    for _ in range(2):  # an installation that ends early is taken up again
+        assert environment.setup("-m pip").returncode == 1
+        assert environment.stamp.read_text().strip() == "adopted"
+    assert environment.setup().returncode == 0
+    assert environment.stamp.read_text().startswith("adopted ")
+    assert "is up to date" in environment.setup().stdout
+    (environment.root / "pyproject.toml").write_text("# changed")
+    assert "bringing .venv up to date" in environment.setup().stdout
+    broken = environment.setup("-c import sys; sys.exit")
+    assert broken.returncode == 1 and "move it away" in broken.stderr
+    environment.stamp.unlink()
+    assert environment.setup("-c import sys; sys.exit").returncode == 1
+    assert environment.mine.exists()
+
+
+def test_setup_and_the_environment_it_made(environment):
+    environment.stamp.write_text("an older key")
+    assert environment.setup("-m pip").returncode == 1
+    assert environment.stamp.read_text().strip() == "updating"
+    assert environment.setup().returncode == 0
+    assert "adopted" not in environment.stamp.read_text()
+    assert "is up to date" in environment.setup().stdout
+    assert environment.mine.exists()
+    environment.stamp.write_text("building")  # never finished
+    assert "starting again" in environment.setup().stdout
+    assert not environment.mine.exists()
+    assert environment.stamp.read_text().strip() == "building"

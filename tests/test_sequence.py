@@ -150,6 +150,8 @@ def test_actions_are_scaled_by_their_bounds_and_round_trip():
     assert own.legal_ids == (33025, 33032)
     with pytest.raises(ValueError, match="finite bounds"):
         sq.ActionSpec(gym.spaces.Box(-np.inf, np.inf, (1,)))
+    with pytest.raises(TypeError, match="Discrete or a float Box"):
+        sq.ActionSpec(gym.spaces.MultiDiscrete([2, 3]))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from gato_lib import sequence as sq
 from gato_lib import tokenizers as tk
 from gato_lib.agent import Agent, History
 from gato_lib.checkpoint import Checkpointer
-from gato_lib.config import DataConfig, TrainConfig, model_config
+from gato_lib.config import ConfigError, DataConfig, TrainConfig, model_config
+from gato_lib.episodes import DataError
 from gato_lib.mixture import Mixture, build_group
 from gato_lib.training import initial_state, train
 
@@ -95,20 +96,6 @@ def test_weights_are_kept(groups):
         Mixture(groups, dataclasses.replace(DATA, weights=(("atari", 1.0),)))
 
 
-def test_every_step_is_in_some_window(groups):
-    for group in groups:
-        for task in group.tasks.values():
-            covered = set()
-            for index, first in task.windows:
-                last = task.episodes[index][1]
-                at = group.seq.offsets
-                end = first
-                while end < last and at[end + 1] - at[first] <= group.length:
-                    end += 1
-                covered |= set(range(first, end))
-            assert covered == set(range(task.episodes[0][0], task.episodes[-1][1]))
-
-
 def test_prompts_come_from_another_episode_and_fit(groups):
     from gato_lib.mixture import sample_windows
 
@@ -127,6 +114,26 @@ def test_prompts_come_from_another_episode_and_fit(groups):
                 assert np.searchsorted(ends, a, side="right") != np.searchsorted(
                     ends, c, side="right"
                 )
+
+
+@pytest.mark.parametrize("prompted", [0.0, 1.0])
+def test_every_step_is_seen_live(groups, prompted):
+    """With a prompt in front or not; the last step, which earns the reward, nearly as often."""
+    from gato_lib.mixture import sample_windows
+
+    config = dataclasses.replace(DATA, prompt_fraction=prompted)
+    for group in groups:
+        (task,) = group.tasks.values()
+        at, live = group.seq.offsets, collections.Counter()
+        for draw in range(3000):
+            for spans in sample_windows(group, config, np.random.default_rng(draw)):
+                assert len(spans) == 1 + prompted
+                first, last = np.searchsorted(at, spans[-1])
+                live.update(range(first, last))
+        for begin, end in task.episodes:
+            steps = [live[s] for s in range(begin, end)]
+            assert min(steps[0], steps[-1]) > 0.4 * np.median(steps)
+            assert min(steps) > 0
 
 
 def test_a_timestep_that_does_not_fit_is_refused(groups, demonstrations, text):
@@ -286,6 +293,36 @@ def test_prompts_stay_at_the_front(agent, demonstrations):
         agent.prompt(tokenizer, demonstration, "middle")
 
 
+def test_bad_observations_are_refused_while_acting(agent):
+    for task, broken, message in (
+        ("metaworld/drawer-close", np.zeros(38), r"observation has shape \(1, 38\), expected"),
+        ("metaworld/drawer-close", np.full(39, np.nan), "observation holds NaN"),
+        ("metaworld/drawer-close", np.zeros(39, np.int64), "observation has dtype int64"),
+        ("babyai/GoToObj", {"mission": "go"}, r"observation has keys \['mission'\], expected"),
+    ):
+        history = History(0)
+        history.observations.append(broken)
+        with pytest.raises(DataError, match=message):
+            agent.act(agent.tokenizer(domains.make_env(task)), [history])
+
+
+def test_a_timestep_that_does_not_fit_beside_the_prompt_is_refused(agent, demonstrations):
+    task = "babyai/GoToObj"
+    env = domains.make_env(task)
+    tokenizer = agent.tokenizer(env)
+    short = Agent(NETWORK, agent.params, agent.text, 40)
+    prompt = agent.prompt(tokenizer, demonstrations[task][0], "end")
+    history = History(0, prompt)
+    history.observations.append(env.reset(seed=0)[0])
+    with pytest.raises(ValueError, match="the newest timestep has"):
+        short.act(tokenizer, [history])
+
+
+def test_text_ids_never_reach_the_value_rows(agent):
+    with pytest.raises(ConfigError, match="32000 text pieces, but text_rows is 1024"):
+        Agent(NETWORK, agent.params, tk.TextTokenizer(), 90)
+
+
 def test_unknown_choices_are_refused(agent):
     with pytest.raises(ValueError, match="continuous is 'best'"):
         Agent(NETWORK, agent.params, agent.text, 90, continuous="best")
@@ -305,6 +342,14 @@ def test_rollouts_are_reproducible_and_resume(tmp_path, agent, demonstrations):
     resumed = last(evaluation.rollouts(agent, tasks, 3, 0, path, **kwargs))
     pd.testing.assert_frame_equal(straight, resumed, check_dtype=False)
     assert straight["index"].tolist() == [0, 1, 2]
+    last(evaluation.rollouts(agent, tasks, 1, 1, path, **kwargs))  # another seed
+    kept = pd.read_csv(path)
+    assert sorted(zip(kept.seed, kept["index"], strict=True)) == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    with pytest.raises(KeyError, match="unknown task"):
+        next(evaluation.rollouts(agent, ("babyai/Nowhere",), 1, 0))
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"episodes.csv: not a table of played episodes"):
+        next(evaluation.rollouts(agent, tasks, 1, 0, path, **kwargs))
 
 
 def test_normalized_score():
@@ -315,7 +360,7 @@ def test_normalized_score():
             evaluation.normalized_score(3.0, random, expert)
 
 
-def test_score_table_and_thresholds():
+def test_score_table_and_domain_means():
     played = pd.DataFrame(
         {
             "task": ["babyai/Open"] * 4,
@@ -323,11 +368,17 @@ def test_score_table_and_thresholds():
             "success": [False, True, True, True],
         }
     )
-    references = pd.DataFrame({"random": [0.1], "expert": [0.9]}, index=["babyai/Open"])
+    references = pd.DataFrame(
+        {"random": [0.1], "expert": [0.9], "sound": [True], "weak": [False]}, index=["babyai/Open"]
+    )
     (row,) = evaluation.score_table(played, references).to_dict("records")
     assert row["normalized"] == pytest.approx(0.5) and row["n"] == 4
     assert row["low"] < 0.5 < row["high"]
-    assert evaluation.tasks_above([0.2, 0.5, 0.9], [0.0, 0.5, 0.95]).tolist() == [3, 2, 0]
+    unsound = references.assign(sound=False, random=0.9)
+    (row,) = evaluation.score_table(played, unsound).to_dict("records")
+    assert np.isnan(row["normalized"]) and evaluation.domain_means(played, unsound).empty
+    (mean,) = evaluation.domain_means(played, references).to_dict("records")
+    assert mean["domain"] == "babyai" and mean["mean"] == pytest.approx(0.5) and mean["n"] == 1
     low, high = evaluation.bootstrap([np.ones(5), np.zeros(5)])
     assert low == high == 0.5
 
