@@ -143,7 +143,8 @@ def rollouts(
                 if path is not None:
                     write_text(path, _csv(others + rows))
                 yield _table(rows)
-    yield _table(rows)
+    if len(rows) == len(finished):  # nothing was left to play
+        yield _table(rows)
 
 
 def _read_episodes(path: str | os.PathLike | None) -> pd.DataFrame:
