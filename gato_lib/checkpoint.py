@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -40,7 +41,14 @@ class Checkpointer:
             if path.is_file() and read_meta(folder) != json.loads(json.dumps(meta)):
                 raise ValueError(f"{path}: the run there has other settings; choose another folder")
             write_text(path, json.dumps(meta, indent=1, sort_keys=True))
-        self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
+        # Orbax warns about what read_only implies, with a path, and readers keep their outputs.
+        logger = logging.getLogger("absl")
+        level = logger.level
+        logger.setLevel(logging.ERROR if read_only else level)
+        try:
+            self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
+        finally:
+            logger.setLevel(level)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
