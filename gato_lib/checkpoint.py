@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from gato_lib.files import write_text
+
+
+@contextlib.contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Only errors of a logger inside the block."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Checkpointer:
@@ -31,24 +45,21 @@ class Checkpointer:
         read_only: bool = False,
     ):
         self.folder = pathlib.Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        steps = self.folder / "steps"
         if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True)
-        else:
-            for partial in (self.folder / "steps").glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(partial, ignore_errors=True)
-            path = self.folder / "meta.json"
-            if path.is_file() and read_meta(folder) != json.loads(json.dumps(meta)):
-                raise ValueError(f"{path}: the run there has other settings; choose another folder")
-            write_text(path, json.dumps(meta, indent=1, sort_keys=True))
-        # Orbax warns about what read_only implies, with a path, and readers keep their outputs.
-        logger = logging.getLogger("absl")
-        level = logger.level
-        logger.setLevel(logging.ERROR if read_only else level)
-        try:
-            self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
-        finally:
-            logger.setLevel(level)
+            # Orbax warns about what read_only implies, with a path, into a notebook's outputs.
+            with _silenced("absl"):
+                options = ocp.CheckpointManagerOptions(read_only=True)
+                self._manager = ocp.CheckpointManager(steps, options=options)
+            return
+        for partial in steps.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        path = self.folder / "meta.json"
+        if path.is_file() and read_meta(folder) != json.loads(json.dumps(meta)):
+            raise ValueError(f"{path}: the run there has other settings; choose another folder")
+        write_text(path, json.dumps(meta, indent=1, sort_keys=True))
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        self._manager = ocp.CheckpointManager(steps, options=options)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
