@@ -574,6 +574,9 @@ def _interrupt(*_: Any) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # end the kernel too, as Ctrl-C does
-        signal.signal(number, _interrupt)
+    # End the kernel too. A shell starts background jobs with SIGINT ignored, where kill -INT should
+    # still work; nohup ignores SIGHUP, and means it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     sys.exit(main())

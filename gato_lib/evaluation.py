@@ -20,7 +20,7 @@ import pandas as pd
 
 from gato_lib import domains
 from gato_lib.agent import Agent, History
-from gato_lib.collection import episode_score, worker_pool
+from gato_lib.collection import episode_score, rollout, worker_pool
 from gato_lib.episodes import DataError, Episode
 from gato_lib.files import write_text
 
@@ -170,34 +170,35 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 # --- references -----------------------------------------------------------------------------------
 
 
+class _Random(domains.Expert):
+    """Uniformly random actions."""
+
+    def __init__(self, seed: int):
+        self._seed = seed
+
+    def reset(self, env: Any) -> None:
+        self._space = env.action_space
+        self._space.seed(self._seed)
+
+    def act(self, observation: Any, executed: Any | None) -> Any:
+        return self._space.sample()
+
+
 def _reference(task: str, policy: str, episodes: int, seed: int) -> dict[str, Any]:
     """Mean score of the expert or of uniformly random actions; runs in a worker process."""
     env, expert = domains.make_env(task), domains.make_expert(task)
-    scores = []
-    failed = 0
-    index = 0
-    while len(scores) < episodes:
+    scores, failed = [], 0
+    for index in range(episodes):
         reset_seed = episode_seed(f"{policy} {task}", seed, index)
-        index += 1
-        observation, _ = env.reset(seed=reset_seed)
-        env.action_space.seed(reset_seed + 1)  # not the stream of the layout
-        expert.reset(env)
-        rewards, success, action = [], False, None
+        # Random actions come from another stream than the layout.
+        player = expert if policy == "expert" else _Random(reset_seed + 1)
         try:
-            while True:
-                if policy == "expert":
-                    action = expert.act(observation, action)
-                else:
-                    action = env.action_space.sample()
-                observation, reward, terminated, truncated, info = env.step(action)
-                rewards.append(float(reward))
-                success |= bool(info.get("success", terminated and reward > 0))
-                if terminated or truncated:
-                    break
+            unused = np.random.default_rng(0)  # no noise is injected
+            episode = rollout(env, player, task, reset_seed, 0.0, unused)
+            scores.append(episode_score(task, episode.rewards, episode.success))
         except domains.ExpertError:
             failed += 1  # scored 0: the expert did not solve it
-            rewards, success = [0.0], False
-        scores.append(episode_score(task, rewards, success))
+            scores.append(0.0)
     env.close()
     return {
         "task": task,
