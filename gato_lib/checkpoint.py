@@ -64,8 +64,8 @@ class Checkpointer:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, counters: dict[str, int]) -> None:
-        """Start saving arrays and a few integers; the previous save is finished first."""
+    def save(self, step: int, state: Any, counters: dict[str, Any]) -> None:
+        """Start saving arrays and plain counters; the previous save is finished first."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -73,7 +73,7 @@ class Checkpointer:
             ),
         )
 
-    def restore(self, state: Any) -> tuple[int, Any, dict[str, int]]:
+    def restore(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, counters) of the latest checkpoint, shaped and typed like `state`.
 
         Raises FileNotFoundError where there is none.

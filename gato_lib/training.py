@@ -105,14 +105,16 @@ def train(
     the last checkpoint stays.
     """
     state = initial_state(model, config)
-    start, tokens = 0, 0
+    start, tokens, seen, padded, pending = 0, 0, 0, 0, []
     if checkpointer is not None and checkpointer.latest() is not None:
         start, state, counters = checkpointer.restore(state)
-        tokens = counters["tokens"]
+        tokens, seen, padded, pending = (
+            counters[k] for k in ("tokens", "seen", "padded", "pending")
+        )
     step_fn = make_step(graph_of(model), config, jax.random.key(config.seed + 1))
     batches = mixture.iterate(start)
     begin = since = time.perf_counter()
-    seen, padded, waited, pending = 0, 0, 0.0, []
+    waited = 0.0
     for step in range(start, config.steps):
         before = time.perf_counter()
         domain, batch = next(batches)
@@ -148,7 +150,14 @@ def train(
             )
             seen, padded, waited, pending, since = 0, 0, 0.0, [], time.perf_counter()
         if save:
-            checkpointer.save(done, state, {"tokens": tokens + seen})
+            # What the next report averages over belongs to the state of the run.
+            counters = {
+                "tokens": tokens,
+                "seen": seen,
+                "padded": padded,
+                "pending": [(name, float(x), float(y)) for name, x, y in pending],
+            }
+            checkpointer.save(done, state, counters)
 
 
 def _check_finite(pending: list[tuple[str, Any, Any]], done: int) -> None:
