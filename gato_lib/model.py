@@ -73,12 +73,17 @@ def masked_loss(
     return (losses * weights).sum() / jnp.maximum(weights.sum(), 1.0)
 
 
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part, and "total", without allocating any (`jax.eval_shape`)."""
+def count_parameters(config: ModelConfig) -> int:
+    """All parameters of a network of this size, without allocating any."""
+    return sum(parameters_by_part(config).values())
+
+
+def parameters_by_part(config: ModelConfig) -> dict[str, int]:
+    """Parameters of the transformer and of each part of the embedding (`jax.eval_shape`)."""
     state = nnx.state(nnx.eval_shape(lambda: Gato(config, rngs=nnx.Rngs(0))), nnx.Param)
     counts: dict[str, int] = {}
     for path, leaf in jax.tree.leaves_with_path(state):
         names = [str(getattr(p, "key", p)) for p in path]
         part = "transformer" if names[0] == "transformer" else f"{names[0]}/{names[1]}"
         counts[part] = counts.get(part, 0) + int(leaf.size)
-    return counts | {"total": sum(counts.values())}
+    return counts
