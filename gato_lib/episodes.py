@@ -221,6 +221,7 @@ def write_minari(
     Images are stored losslessly (`jpeg_encoding=False`: Minari's default is JPEG). `metadata` is
     kept under the key "gato" of the data set's own metadata.
     """
+    import minari
     from minari.data_collector import EpisodeBuffer
     from minari.dataset.minari_storage import MinariStorage
 
@@ -257,7 +258,7 @@ def write_minari(
         storage.update_metadata(
             {
                 "dataset_id": f"gato/{folder.name}-v0",
-                "minari_version": "0.5.4",
+                "minari_version": minari.__version__,
                 "gato": json.dumps(metadata, sort_keys=True),
             }
         )

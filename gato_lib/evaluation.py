@@ -25,8 +25,8 @@ from gato_lib.episodes import DataError, Episode
 from gato_lib.files import write_text
 
 
-def normalized_score(score: float, random: float, expert: float) -> float:
-    """(score - random) / (expert - random): 0.0 is random, 1.0 is expert.
+def normalized_score(score: float | np.ndarray, random: float, expert: float) -> float | np.ndarray:
+    """(score - random) / (expert - random): 0.0 is random, 1.0 is expert. Arrays elementwise.
 
     Raises ValueError where expert <= random: such a task has no scale and is left out of means,
     never scored 1.
@@ -302,7 +302,7 @@ def domain_means(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0
     for task, group in episodes.groupby("task"):
         r = references.loc[task]
         if r["sound"]:
-            unit = (group.score.to_numpy(float) - r["random"]) / (r["expert"] - r["random"])
+            unit = normalized_score(group.score.to_numpy(float), r["random"], r["expert"])
             strata.setdefault(domains.TASKS[task].domain, []).append(unit)
     rows = []
     for domain, units in strata.items():

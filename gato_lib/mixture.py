@@ -44,13 +44,9 @@ class Group:
     @property
     def max_patches(self) -> int:
         """Distinct patches a batch can hold at most."""
-        most = int(np.diff(np.concatenate([[0], np.cumsum(self.seq.patch >= 0)[self._ends]])).max())
+        most = int(np.add.reduceat(self.seq.patch >= 0, self.seq.offsets[:-1], dtype=int).max())
         steps = self.length // int(np.diff(self.seq.offsets).min())
         return self.batch_size * most * max(steps, 1)
-
-    @property
-    def _ends(self) -> np.ndarray:
-        return self.seq.offsets[1:] - 1
 
 
 def _window_end(offsets: np.ndarray, first: int, limit: int, tokens: int) -> int:
