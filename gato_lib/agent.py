@@ -100,7 +100,8 @@ class Agent:
         an observation that does not fit its space.
         """
         spec = tokenizer.action_spec
-        blank = np.full(spec.num_tokens, spec.legal_ids[0], np.int32)
+        low, high = spec.legal_ids.astype(np.int32).T
+        blank = low.copy()
         for h in histories:
             check_observation(h.observations[-1], tokenizer.observation_space, "act")
         newest = tokenizer.steps(
@@ -135,17 +136,14 @@ class Agent:
         length = max(sum(b - a for a, b in spans) for spans in windows)
         length = min(-(-length // 8) * 8, self.context_length)
         batch = make_batch(seq, windows, length, length, _patch_bucket(len(seq.patches)))
-        low, high = spec.legal_ids
-        choice = self.continuous if spec.continuous else self.discrete
-        noise = np.zeros((rows_padded, spec.num_tokens, high - low), np.float32)
-        if choice == "sample":
-            for i, h in enumerate(histories):
-                noise[i] = h.rng.gumbel(size=noise.shape[1:])
+        sampled = np.where(spec.continuous, self.continuous == "sample", self.discrete == "sample")
+        noise = np.zeros((rows_padded, spec.num_tokens, (high - low).max()), np.float32)
+        for i, h in enumerate(histories if sampled.any() else ()):
+            noise[i] = h.rng.gumbel(size=noise.shape[1:]) * sampled[:, None]
         starts = np.zeros(rows_padded, np.int32)
         starts[: len(separators)] = separators
-        ids = _choose(
-            self._graph, self.config, low, high, choice, self.params, batch, starts, noise
-        )
+        mean = spec.continuous & (self.continuous == "mean")
+        ids = _choose(self._graph, self.config, self.params, batch, starts, noise, low, high, mean)
         chosen = np.asarray(ids)[: len(histories)]
         for h, row in zip(histories, chosen, strict=True):
             h.action_ids.append(row)
@@ -162,24 +160,31 @@ def _patch_bucket(n: int) -> int:
     return -(-n // 64) * 64
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _choose(graph, config, low, high, choice, params, batch: Batch, separators, noise):
-    """Choose num_tokens ids for each row, each given those before it: int32 (B, A)."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _choose(graph, config, params, batch: Batch, separators, noise, low, high, mean):
+    """Choose A ids for each row, each given those before it: int32 (B, A).
+
+    Args:
+      separators: (B,), where each row's last separator is.
+      noise: (B, A, W), Gumbel noise or zeros; W is the largest number of legal ids.
+      low, high: (A,), legal ids of each token, half-open.
+      mean: bool (A,), whether the mean of the distribution is taken instead of its mode.
+    """
     model = merge(graph, params)
-    start = int(table_row(np.int32(low), config))
-    centres = jnp.arange(high - low, dtype=jnp.float32)
+    count, width = noise.shape[1:]
+    number = jnp.arange(width)
 
     def body(i, ids):
         h = model.hidden(batch._replace(ids=ids))
         h = jnp.take_along_axis(h, (separators + i)[:, None, None], axis=1)[:, 0]
-        logits = model.embedding.logits(h)[:, start : start + high - low]  # only legal ids
-        if choice == "mean":
-            pick = jnp.round(jax.nn.softmax(logits, axis=-1) @ centres).astype(jnp.int32)
-        else:
-            pick = jnp.argmax(logits + noise[:, i], axis=-1).astype(jnp.int32)
-        row = jnp.arange(ids.shape[0])
-        return ids.at[row, separators + i + 1].set(pick + low)
+        logits = model.embedding.logits(h)
+        rows = jnp.minimum(table_row(low[i], config) + number, logits.shape[1] - 1)
+        legal = number < high[i] - low[i]
+        logits = jnp.where(legal[None], logits[:, rows], -jnp.inf)
+        average = jnp.round(jax.nn.softmax(logits, axis=-1) @ number.astype(jnp.float32))
+        mode = jnp.argmax(logits + noise[:, i], axis=-1)
+        pick = jnp.where(mean[i], average.astype(jnp.int32), mode.astype(jnp.int32))
+        return ids.at[jnp.arange(ids.shape[0]), separators + i + 1].set(pick + low[i])
 
-    count = noise.shape[1]
     ids = jax.lax.fori_loop(0, count, body, jnp.asarray(batch.ids))
     return jnp.take_along_axis(ids, separators[:, None] + 1 + jnp.arange(count)[None], axis=1)

@@ -43,15 +43,25 @@ CHUNK = 10  # episodes a worker collects before it reports
 
 
 @contextlib.contextmanager
-def worker_pool(workers: int | None = None) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+def worker_pool(
+    workers: int | None = None, pinned: bool = False
+) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     """Spawned worker processes (never forked: JAX may be running here), one a core.
 
     On an error or an interrupt nothing more is started; if this process is killed, they end too.
+    `pinned` workers keep to one core each, where the system can do that: without it, workers that
+    compute with JAX each start a thread a core and get in one another's way.
     """
+    workers = workers or os.cpu_count() or 1
+    spawn = multiprocessing.get_context("spawn")
+    cores = None
+    if pinned and hasattr(os, "sched_getaffinity"):
+        mine = sorted(os.sched_getaffinity(0))
+        cores = spawn.Queue()
+        for i in range(workers):
+            cores.put(mine[i % len(mine)])
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers or os.cpu_count() or 1,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_end_with_parent,
+        workers, mp_context=spawn, initializer=_start_worker, initargs=(cores,)
     )
     try:
         yield pool
@@ -61,8 +71,10 @@ def worker_pool(workers: int | None = None) -> Iterator[concurrent.futures.Proce
     pool.shutdown()
 
 
-def _end_with_parent() -> None:
-    """In a worker: end when the parent does, however it ended."""
+def _start_worker(cores: Any) -> None:
+    """In a worker: take a core of one's own, and end when the parent does, however it ended."""
+    if cores is not None:
+        os.sched_setaffinity(0, {cores.get()})
 
     def wait() -> None:
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])

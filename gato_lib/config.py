@@ -95,7 +95,19 @@ class ModelConfig(_Config):
       value_rows: how the 1,024 rows of the value bins start. "random": like every other row.
         "ordinal": fixed random cosine features of the bin centre, then trained freely.
       stochastic_depth: probability that a sub-layer is skipped in training (App. C).
+      sequence_positions: "relative" (Transformer-XL), "sinusoidal" (absolute, added to the input)
+        or "none". The paper names no scheme; see `mlp_dim` for what points to the first.
+      local_positions: whether tokens carry their place within the timestep (App. C.3).
+      patch_embedder: "residual" (App. C.2) or "linear", one matrix on the flattened patch.
+      feed_forward: "geglu" as above; for comparison "geglu_full", mlp_dim gates and as many values,
+        and "gelu", no gates.
+      tied: whether the lookup table is also the output projection.
+      attention: implementation of attention; `attention.py` says what each supports.
+      scan_layers: compile one block and scan over depth, instead of unrolling.
+      remat: compute a block's activations again in the backward pass instead of keeping them.
       compute_dtype: dtype of activations and matrix products; parameters are float32.
+
+    `attention`, `scan_layers` and `remat` change speed and memory, never parameters or results.
     """
 
     depth: int
@@ -107,6 +119,14 @@ class ModelConfig(_Config):
     discrete_range: str = "shared"
     value_rows: str = "random"
     stochastic_depth: float = 0.1
+    sequence_positions: str = "relative"
+    local_positions: bool = True
+    patch_embedder: str = "residual"
+    feed_forward: str = "geglu"
+    tied: bool = True
+    attention: str = "auto"
+    scan_layers: bool = False
+    remat: bool = False
     compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -123,6 +143,10 @@ class ModelConfig(_Config):
         self._require(0 <= self.stochastic_depth < 1, "stochastic_depth must lie in [0, 1)")
         _one_of(self, "discrete_range", ("shared", "own"))
         _one_of(self, "value_rows", ("random", "ordinal"))
+        _one_of(self, "sequence_positions", ("relative", "sinusoidal", "none"))
+        _one_of(self, "patch_embedder", ("residual", "linear"))
+        _one_of(self, "feed_forward", ("geglu", "geglu_full", "gelu"))
+        _one_of(self, "attention", ("auto", "plain", "blocked", "dot_product", "flash"))
         _one_of(self, "compute_dtype", ("float32", "bfloat16"))
 
 
@@ -195,8 +219,8 @@ class DataConfig(_Config):
         _one_of(self, "discrete_range", ("shared", "own"))
         self._require(0 <= self.prompt_fraction <= 1, "prompt_fraction must lie in [0, 1]")
         self._require(
-            1024 >= self.vocabulary_size >= 300 or self.vocabulary_size == 32_000,
-            f"vocabulary_size is {self.vocabulary_size}, expected 32000 or 300 to 1024",
+            300 <= self.vocabulary_size <= 32_000,
+            f"vocabulary_size is {self.vocabulary_size}, expected 300 to 32000",
         )
 
 

@@ -19,7 +19,7 @@ from gato_lib.config import ConfigError, ModelConfig
 LOCAL_ROWS = 512 + 1  # observation tokens, and one row for all actions (sequence.ACTION_POSITION)
 PATCH_ROWS = 128
 PATCH_CHANNELS = 64
-INIT = 0.02
+INIT = 0.02  # standard deviation of table rows and positions
 
 
 def num_rows(config: ModelConfig) -> int:
@@ -69,6 +69,11 @@ def initial_table(config: ModelConfig, key: jax.Array) -> Float[Array, "V D"]:
     return table
 
 
+def scale_pixels(patches: UInt8[Array, "Q 16 16 3"]) -> Float[Array, "Q 16 16 3"]:
+    """2.1: pixels to [-1, 1], then divided by the square root of the patch side."""
+    return (patches.astype(jnp.float32) / 127.5 - 1.0) / 4.0
+
+
 class PatchEmbedder(nnx.Module):
     """One pre-activation ("v2") residual block with GroupNorm and GELU, per 16 x 16 patch.
 
@@ -91,9 +96,7 @@ class PatchEmbedder(nnx.Module):
         self.project = nnx.Linear(4 * c, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, patches: UInt8[Array, "Q 16 16 3"]) -> Float[Array, "Q D"]:
-        # 2.1: pixels to [-1, 1], then divided by the square root of the patch side.
-        x = (patches.astype(jnp.float32) / 127.5 - 1.0) / 4.0
-        x = self.root(x)  # Q 8 8 C
+        x = self.root(scale_pixels(patches))  # Q 8 8 C
         h = jax.nn.gelu(self.norm1(x))
         shortcut = self.skip(h)  # Q 4 4 C
         h = self.conv1(h)
@@ -102,8 +105,18 @@ class PatchEmbedder(nnx.Module):
         return self.project(x.reshape(x.shape[0], -1))
 
 
+class LinearPatchEmbedder(nnx.Module):
+    """One matrix on the flattened patch, as ViT has it; for comparison."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.project = nnx.Linear(16 * 16 * 3, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, patches: UInt8[Array, "Q 16 16 3"]) -> Float[Array, "Q D"]:
+        return self.project(scale_pixels(patches).reshape(patches.shape[0], -1))
+
+
 class Embedding(nnx.Module):
-    """Everything that turns a batch into (B, T, D), and the tied output table."""
+    """Everything that turns a batch into (B, T, D), and the output table."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -112,9 +125,13 @@ class Embedding(nnx.Module):
             INIT * jax.random.normal(rngs.params(), (n, config.width))
         )
         self.table = nnx.Param(initial_table(config, rngs.params()))
-        self.local = rows(LOCAL_ROWS)
+        if not config.tied:
+            self.output = nnx.Param(initial_table(config, rngs.params()))
+        if config.local_positions:
+            self.local = rows(LOCAL_ROWS)
         self.patch_row, self.patch_col = rows(PATCH_ROWS), rows(PATCH_ROWS)
-        self.patch = PatchEmbedder(config.width, dtype=dtype, rngs=rngs)
+        embedder = {"residual": PatchEmbedder, "linear": LinearPatchEmbedder}
+        self.patch = embedder[config.patch_embedder](config.width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -132,10 +149,12 @@ class Embedding(nnx.Module):
             seen = vectors[jnp.minimum(patch, patches.shape[0] - 1)]
             seen += self.patch_row[...][rows] + self.patch_col[...][cols]
             x = jnp.where(image, seen, x)
-        x += jnp.where((local >= 0)[..., None], self.local[...][jnp.maximum(local, 0)], 0.0)
+        if self.config.local_positions:
+            x += jnp.where((local >= 0)[..., None], self.local[...][jnp.maximum(local, 0)], 0.0)
         return x.astype(self.config.compute_dtype)
 
     def logits(self, hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
         """Logits over table rows, float32. Two-dimensional on purpose: it is 3 times faster."""
-        table = self.table[...].astype(hidden.dtype)
+        table = self.table if self.config.tied else self.output
+        table = table[...].astype(hidden.dtype)
         return jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32)

@@ -7,6 +7,7 @@ which differ where noise was injected during collection.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -20,8 +21,8 @@ import numpy as np
 
 from gato_lib.files import atomic_path
 
-# A leaf is an array with a leading time axis, or a list of strings; a dict nests leaves.
-Nested = dict[str, "Nested"] | np.ndarray | list[str]
+# A leaf is an array with a leading time axis, or a list of strings; dicts and tuples nest leaves.
+Nested = dict[str, "Nested"] | tuple["Nested", ...] | np.ndarray | list[str]
 
 
 class DataError(ValueError):
@@ -35,8 +36,8 @@ class Episode:
     Attributes:
       task: id in `domains.TASKS`.
       observations: nested leaves with leading axis T + 1.
-      actions: the expert's actions, (T, ...).
-      executed: the executed actions, (T, ...).
+      actions: the expert's actions, nested leaves with leading axis T.
+      executed: the executed actions, likewise.
       rewards: float64 (T,).
       success: whether the task was solved at any step.
       seed: what the environment was reset with.
@@ -44,28 +45,58 @@ class Episode:
 
     task: str
     observations: Nested
-    actions: np.ndarray
-    executed: np.ndarray
+    actions: Nested
+    executed: Nested
     rewards: np.ndarray
     success: bool
     seed: int
 
     @property
     def steps(self) -> int:
-        return len(self.actions)
+        return len(next(iter(flatten(self.actions).values())))
 
     @property
     def episode_return(self) -> float:
         return float(self.rewards.sum())
 
 
-def flatten(tree: Nested, prefix: str = "") -> dict[str, np.ndarray | list[str]]:
-    """Leaves of a nested observation by '/'-joined key, keys in lexicographic order (2.1)."""
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Text and images in reading order: a page, a captioned image, a question and its answer.
+
+    Attributes:
+      items: strings, and uint8 images (H, W, 3) or (H, W).
+    """
+
+    items: tuple[str | np.ndarray, ...]
+
+
+def children(tree: Any) -> list[tuple[str, Any]] | None:
+    """Names and parts of a nested value or space; None for a leaf.
+
+    Dict keys come in lexicographic order (2.1), a tuple's parts in theirs, named "[0]", "[1]", ...
+    Raises ValueError for a key with a '/', which joins the keys of a path.
+    """
+    if isinstance(tree, gym.spaces.Dict | gym.spaces.Tuple):
+        tree = tree.spaces
+    if isinstance(tree, tuple):
+        return [(f"[{i}]", part) for i, part in enumerate(tree)]
     if not isinstance(tree, dict):
+        return None
+    for key in tree:
+        if not isinstance(key, str) or "/" in key or key.startswith("["):
+            raise ValueError(f"key {key!r}: keys are strings without '/' and a leading '['")
+    return sorted(tree.items())
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of a nested value or space by '/'-joined key, in the paper's order (2.1)."""
+    parts = children(tree)
+    if parts is None:
         return {prefix: tree}
     out: dict[str, Any] = {}
-    for key in sorted(tree):
-        out |= flatten(tree[key], f"{prefix}/{key}" if prefix else key)
+    for key, part in parts:
+        out |= flatten(part, f"{prefix}/{key}" if prefix else key)
     return out
 
 
@@ -74,6 +105,8 @@ def stack_observations(observations: Sequence[Any]) -> Nested:
     first = observations[0]
     if isinstance(first, dict):
         return {k: stack_observations([o[k] for o in observations]) for k in first}
+    if isinstance(first, tuple):
+        return tuple(stack_observations(part) for part in zip(*observations, strict=True))
     if isinstance(first, str):
         return list(observations)
     return np.stack([np.asarray(o) for o in observations])
@@ -83,14 +116,30 @@ def select(tree: Nested, step: int) -> Any:
     """The observation of one step, the inverse of `stack_observations`."""
     if isinstance(tree, dict):
         return {k: select(v, step) for k, v in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(select(v, step) for v in tree)
     return tree[step]
+
+
+def is_text(space: gym.Space) -> bool:
+    """Whether a space's samples are strings, as those of gymnasium's Text and of BabyAI's missions.
+
+    A space that cannot say without drawing a sample is asked for one, from a copy: drawing must not
+    change what the space draws next.
+    """
+    if isinstance(space, gym.spaces.Text):
+        return True
+    if type(space).__module__.startswith("gymnasium.spaces"):
+        return False
+    return isinstance(copy.deepcopy(space).sample(), str)
 
 
 def check_observation(observation: Any, space: gym.Space, where: str) -> None:
     """Raise DataError where one observation does not fit its space, naming the key."""
-    if isinstance(space, gym.spaces.Dict) and not isinstance(observation, dict):
-        kind = type(observation).__name__
-        raise DataError(f"{where}: observation is {kind}, expected a dict")
+    for kind, expected in ((gym.spaces.Dict, dict), (gym.spaces.Tuple, tuple)):
+        if isinstance(space, kind) and not isinstance(observation, expected):
+            got = type(observation).__name__
+            raise DataError(f"{where}: observation is {got}, expected a {expected.__name__}")
     _check_leaves(stack_observations([observation]), space, 1, where, "observation")
 
 
@@ -114,16 +163,24 @@ def _check_leaves(tree: Nested, space: gym.Space, length: int, where: str, key: 
             raise DataError(f"{where}: {key} has keys {sorted(tree)}, expected {sorted(space)}")
         for name, sub in space.spaces.items():
             _check_leaves(tree[name], sub, length, where, f"{key}/{name}")
-    elif isinstance(space, gym.spaces.Text):
+    elif isinstance(space, gym.spaces.Tuple):
+        if not isinstance(tree, tuple) or len(tree) != len(space.spaces):
+            got = f"{len(tree)} parts" if isinstance(tree, tuple) else type(tree).__name__
+            raise DataError(f"{where}: {key} is {got}, expected a tuple of {len(space.spaces)}")
+        for i, (part, sub) in enumerate(zip(tree, space.spaces, strict=True)):
+            _check_leaves(part, sub, length, where, f"{key}/[{i}]")
+    elif is_text(space):
         if not isinstance(tree, list) or not all(isinstance(t, str) for t in tree):
             raise DataError(f"{where}: {key} is {type(tree).__name__}, expected a list of strings")
         if len(tree) != length:
             raise DataError(f"{where}: {key} has length {len(tree)}, expected {length}")
     else:
         _check_array(tree, (length, *space.shape), space.dtype, where, key)
-        low, high = tree.min(initial=0), tree.max(initial=0)
-        if isinstance(space, gym.spaces.Discrete) and (low < 0 or high >= space.n):
-            raise DataError(f"{where}: {key} spans [{low}, {high}], expected [0, {space.n - 1}]")
+        if isinstance(space, gym.spaces.Discrete) and length:
+            low, high = space.start, space.start + space.n - 1
+            if tree.min() < low or tree.max() > high:
+                text = f"spans [{tree.min()}, {tree.max()}], expected [{low}, {high}]"
+                raise DataError(f"{where}: {key} {text}")
 
 
 def _check_array(
@@ -172,11 +229,14 @@ def keep_mask(scores: Sequence[float], fraction: float = 0.8) -> np.ndarray:
 
 def write_shard(path: str | os.PathLike, episode: Episode) -> None:
     """Write one episode as .npz without pickle."""
-    leaves = {f"observations/{k}": np.asarray(v) for k, v in flatten(episode.observations).items()}
-    rest = {k: getattr(episode, k) for k in ("actions", "executed", "rewards")}
+    leaves = {
+        f"{name}/{k}": np.asarray(v)
+        for name in ("observations", "actions", "executed")
+        for k, v in flatten(getattr(episode, name)).items()
+    }
     meta = json.dumps({k: getattr(episode, k) for k in ("task", "success", "seed")})
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, meta=np.array(meta), **leaves, **rest)
+        np.savez(file, meta=np.array(meta), rewards=episode.rewards, **leaves)
 
 
 def read_shard(path: str | os.PathLike) -> Episode:
@@ -185,9 +245,17 @@ def read_shard(path: str | os.PathLike) -> Episode:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as z:
             arrays = {k: z[k] for k in z.files}
         meta = json.loads(str(arrays.pop("meta")))
-        rest = {k: arrays.pop(k) for k in ("actions", "executed", "rewards")}
-        leaves = {k.removeprefix("observations").removeprefix("/"): v for k, v in arrays.items()}
-        return Episode(observations=_unflatten(leaves), **rest, **meta)
+        rewards = arrays.pop("rewards")
+        trees: dict[str, dict[str, np.ndarray]] = {
+            "observations": {},
+            "actions": {},
+            "executed": {},
+        }
+        for key, value in arrays.items():
+            name, _, path_within = key.partition("/")
+            trees[name][path_within] = value
+        nested = {name: _unflatten(leaves) for name, leaves in trees.items()}
+        return Episode(rewards=rewards, **nested, **meta)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not an episode shard ({error})") from error
 
@@ -203,7 +271,17 @@ def _unflatten(leaves: dict[str, np.ndarray]) -> Nested:
         for part in parents:
             node = node.setdefault(part, {})
         node[last] = as_leaf(value)
-    return tree
+    return _with_tuples(tree)
+
+
+def _with_tuples(tree: Any) -> Nested:
+    """Turn dicts whose keys are "[0]", "[1]", ... back into tuples."""
+    if not isinstance(tree, dict):
+        return tree
+    parts = {k: _with_tuples(v) for k, v in tree.items()}
+    if not any(k.startswith("[") for k in parts):
+        return parts
+    return tuple(parts[f"[{i}]"] for i in range(len(parts)))
 
 
 # --- Minari ---------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Batches are of one domain each, chosen by the domains' weights: sequences of one shape need no
 padding to another's. (The paper mixes domains within a batch; README, Deviations.) Batch number i
-is a function of i and the seed alone, so a step number is all it takes to resume.
+is a function of i and the seeds alone, so a step number is all it takes to resume.
 """
 
 from __future__ import annotations
@@ -173,27 +173,32 @@ class Mixture:
             raise ValueError(f"weights name {unknown}, the mixture has {[g.name for g in groups]}")
         self._weights = [weights.get(g.name, 1.0) for g in self.groups]
 
+    def _dataset(self, seed: int) -> grain.MapDataset:
         def source(number: int, group: Group) -> grain.MapDataset:
             # An endless source of batch numbers; each batch draws from its own generator.
             return (
                 grain.MapDataset.range(1)
                 .repeat()
-                .seed(config.seed * 1000 + number)
-                .random_map(lambda _, rng, g=group: (number, group_batch(g, config, rng)))
+                .seed((self.config.seed + 1000 * seed) * 1000 + number)
+                .random_map(lambda _, rng, g=group: (number, group_batch(g, self.config, rng)))
             )
 
-        self._dataset = grain.MapDataset.mix(
+        return grain.MapDataset.mix(
             [source(i, g) for i, g in enumerate(self.groups)], weights=self._weights
         )
 
     def __getitem__(self, index: int) -> tuple[str, Batch]:
-        number, batch = self._dataset[index]
+        number, batch = self._dataset(0)[index]
         return self.groups[number].name, batch
 
-    def iterate(self, start: int = 0) -> Iterator[tuple[str, Batch]]:
-        """Batches from number `start` on, prepared ahead of time by one thread."""
+    def iterate(self, start: int = 0, seed: int = 0) -> Iterator[tuple[str, Batch]]:
+        """Batches from number `start` on, prepared ahead of time by one thread.
+
+        `seed` is the training run's: runs with different seeds see different batches of one data
+        set.
+        """
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-        iterator = iter(self._dataset.to_iter_dataset(options))
+        iterator = iter(self._dataset(seed).to_iter_dataset(options))
         state: dict[str, Any] = iterator.get_state()
         iterator.set_state(state | {"next_index": start})
         for number, batch in iterator:

@@ -21,20 +21,23 @@ never a target.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import PIL.Image
 
 from gato_lib import tokenizers
-from gato_lib.episodes import Episode, flatten, stack_observations
+from gato_lib.episodes import Document, Episode, children, flatten, is_text, stack_observations
 
 PATCH = 16
 PATCH_LEVELS = 128  # App. C.3: patch intervals are quantised to 128 levels an axis
 LOCAL_POSITIONS = 512  # rows for observation tokens; one more row is shared by all actions
 ACTION_POSITION = LOCAL_POSITIONS
-NO_POSITION = -1
+NO_POSITION = -1  # the separator, and documents, which have no timesteps
+PADDING_POSITION = -2
 
 TEXT, IMAGE, DISCRETE, CONTINUOUS, SEPARATOR, ACTION, PAD = range(7)
 KIND_NAMES = ("text", "image", "discrete", "continuous", "separator", "action", "padding")
@@ -46,83 +49,218 @@ KIND_NAMES = ("text", "image", "discrete", "continuous", "separator", "action", 
 def space_kind(space: gym.Space) -> int:
     """TEXT, IMAGE, DISCRETE or CONTINUOUS for a leaf space.
 
-    A uint8 Box of shape (height, width, 1 | 3) is an image; any space whose samples are strings
-    is text. Raises TypeError for a space this has no rule for.
+    A uint8 Box that is laid out as an image (`image_layout`) is one. Other spaces of whole numbers
+    are discrete where at most 1,024 values are possible, counted from the lowest; with more, or
+    without bounds, they are continuous. Any space whose samples are strings is text. Raises
+    TypeError for a space that there is no rule for.
     """
     spaces = gym.spaces
     if isinstance(space, spaces.Box):
-        if space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[-1] in (1, 3):
+        if image_layout(space):
             return IMAGE
-        return CONTINUOUS if np.issubdtype(space.dtype, np.floating) else DISCRETE
+        return CONTINUOUS if _lowest(space) is None else DISCRETE
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        count = 2 if isinstance(space, spaces.MultiBinary) else _counts(space).max()
+        if count > tokenizers.NUM_BINS:
+            raise TypeError(f"{space}: {count} values, discrete tokens have {tokenizers.NUM_BINS}")
         return DISCRETE
-    if isinstance(space, spaces.Text) or isinstance(space.sample(), str):
+    if is_text(space):
         return TEXT
     raise TypeError(f"no tokens for the space {space}")
 
 
-def flatten_space(space: gym.Space, prefix: str = "") -> dict[str, gym.Space]:
-    """Leaf spaces by '/'-joined key, keys in lexicographic order."""
-    if not isinstance(space, gym.spaces.Dict):
-        return {prefix: space}
-    out: dict[str, gym.Space] = {}
-    for key in sorted(space.spaces):
-        out |= flatten_space(space[key], f"{prefix}/{key}" if prefix else key)
-    return out
+def image_layout(space: gym.Space) -> str | None:
+    """ "HWC", "CHW" or "HW" for a space of uint8 images, otherwise None.
+
+    An image has 1 or 3 channels, or no axis for them, and is at least one patch high and wide: a
+    7 x 7 x 3 grid of symbols, as raw MiniGrid gives it, is no picture.
+    """
+    if not isinstance(space, gym.spaces.Box) or space.dtype != np.uint8:
+        return None
+    shape = space.shape
+    if len(shape) == 2:
+        return "HW" if min(shape) >= PATCH else None
+    if len(shape) != 3:
+        return None
+    for layout, channels, sides in (("HWC", shape[2], shape[:2]), ("CHW", shape[0], shape[1:])):
+        if channels in (1, 3) and min(sides) >= PATCH:
+            return layout
+    return None
+
+
+def _counts(space: gym.Space) -> np.ndarray:
+    """How many values each element can take."""
+    if isinstance(space, gym.spaces.Discrete):
+        return np.array([space.n], np.int64)
+    if isinstance(space, gym.spaces.MultiBinary):
+        return np.full(int(np.prod(space.shape, dtype=int)), 2, np.int64)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.nvec.ravel().astype(np.int64)
+    return (space.high.astype(np.int64) - space.low.astype(np.int64) + 1).ravel()
+
+
+def _lowest(space: gym.Space) -> np.ndarray | None:
+    """Lowest value of each element of a discrete space, (n,); None where a Box is not discrete."""
+    if isinstance(space, gym.spaces.Discrete):
+        return np.array([space.start], np.int64)
+    if isinstance(space, gym.spaces.MultiBinary):
+        return np.zeros(int(np.prod(space.shape, dtype=int)), np.int64)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.start.ravel().astype(np.int64)
+    if not (np.issubdtype(space.dtype, np.integer) or space.dtype == bool):
+        return None
+    if not space.is_bounded() or _counts(space).max(initial=0) > tokenizers.NUM_BINS:
+        return None
+    return space.low.ravel().astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
-class ActionSpec:
-    """How many action tokens a step has, which ids are legal, and how to decode them."""
+class _ActionLeaf:
+    """One leaf of an action space: how many tokens, and what they mean."""
 
     space: gym.Space
-    discrete_range: str = "shared"
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.space, gym.spaces.Discrete) or self.continuous):
-            raise TypeError(f"actions must be Discrete or a float Box, got {self.space}")
-        if self.continuous and not np.isfinite([self.space.low, self.space.high]).all():
-            raise ValueError(f"continuous actions need finite bounds, got {self.space}")
+    discrete_range: str
 
     @property
     def continuous(self) -> bool:
-        return isinstance(self.space, gym.spaces.Box) and space_kind(self.space) == CONTINUOUS
+        return isinstance(self.space, gym.spaces.Box) and _lowest(self.space) is None
 
     @property
     def num_tokens(self) -> int:
         return int(np.prod(self.space.shape, dtype=int))
 
-    @property
-    def legal_ids(self) -> tuple[int, int]:
-        """Half-open range of the ids an action token may take."""
+    def ranges(self) -> np.ndarray:
+        """Legal ids of each token, half-open, int64 (n, 2)."""
         if self.continuous:
-            return tokenizers.CONTINUOUS_START, tokenizers.SEPARATOR
+            return np.tile(
+                [tokenizers.CONTINUOUS_START, tokenizers.SEPARATOR], (self.num_tokens, 1)
+            )
         start = tokenizers.discrete_start(self.discrete_range)
-        return start, start + int(self.space.n)
+        return np.stack([np.full(self.num_tokens, start), start + _counts(self.space)], axis=1)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
-        """Actions (T, ...) to ids (T, num_tokens). Bounds are scaled to [-1, 1], not companded."""
-        actions = np.asarray(actions).reshape(len(actions), -1)
+        actions = np.asarray(actions)
+        actions = actions.reshape(len(actions), -1)
         if not self.continuous:
-            return tokenizers.encode_discrete(actions, discrete_range=self.discrete_range)
-        low, high = self.space.low.ravel(), self.space.high.ravel()
+            return tokenizers.encode_discrete(
+                actions.astype(np.int64) - _lowest(self.space), discrete_range=self.discrete_range
+            )
+        low, high = (x.ravel().astype(np.float64) for x in (self.space.low, self.space.high))
         unit = (actions.astype(np.float64) - low) / (high - low) * 2.0 - 1.0
         return tokenizers.encode_continuous(unit, companded=False)
 
     def decode(self, ids: np.ndarray) -> Any:
-        """Ids (num_tokens,) to an action of the space."""
         if not self.continuous:
-            return int(tokenizers.decode_discrete(ids, discrete_range=self.discrete_range)[0])
-        return self.decode_unit(tokenizers.decode_continuous(ids, companded=False))
+            values = tokenizers.decode_discrete(ids, discrete_range=self.discrete_range)
+            values = values + _lowest(self.space)
+            if isinstance(self.space, gym.spaces.Discrete):
+                return int(values[0])
+        else:
+            low, high = (x.ravel().astype(np.float64) for x in (self.space.low, self.space.high))
+            unit = tokenizers.decode_continuous(ids, companded=False)
+            values = low + (unit + 1.0) / 2.0 * (high - low)
+            if np.issubdtype(self.space.dtype, np.integer):
+                values = np.round(values)
+        return values.reshape(self.space.shape).astype(self.space.dtype)
 
-    def decode_unit(self, unit: np.ndarray) -> np.ndarray:
-        """Values in [-1, 1], (num_tokens,), to an action within the space's bounds."""
-        low, high = self.space.low.ravel(), self.space.high.ravel()
-        value = low + (np.asarray(unit) + 1.0) / 2.0 * (high - low)
-        return value.reshape(self.space.shape).astype(self.space.dtype)
+
+@dataclasses.dataclass(frozen=True)
+class ActionSpec:
+    """How many action tokens a step has, which ids each may take, and how to decode them.
+
+    Any nesting of Discrete, MultiDiscrete, MultiBinary and bounded Box spaces. Raises TypeError for
+    other spaces and ValueError for a Box without bounds, naming the key.
+    """
+
+    space: gym.Space
+    discrete_range: str = "shared"
+
+    def __post_init__(self) -> None:
+        for key, leaf in flatten(self.space).items():
+            name = f"action {key!r}" if key else "actions"
+            kind = space_kind(leaf)
+            if kind == TEXT:
+                raise TypeError(f"{name}: text has no fixed number of tokens, got {leaf}")
+            if isinstance(leaf, gym.spaces.Box) and not leaf.is_bounded():
+                raise ValueError(f"{name}: continuous actions need finite bounds, got {leaf}")
+
+    @functools.cached_property
+    def _leaves(self) -> dict[str, _ActionLeaf]:
+        return {
+            k: _ActionLeaf(leaf, self.discrete_range) for k, leaf in flatten(self.space).items()
+        }
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        return sum(leaf.num_tokens for leaf in self._leaves.values())
+
+    @functools.cached_property
+    def legal_ids(self) -> np.ndarray:
+        """First id and end (exclusive) of what each action token may be, int64 (num_tokens, 2)."""
+        return np.concatenate([leaf.ranges() for leaf in self._leaves.values()])
+
+    @functools.cached_property
+    def continuous(self) -> np.ndarray:
+        """Which action tokens are continuous values, bool (num_tokens,)."""
+        return self.legal_ids[:, 0] == tokenizers.CONTINUOUS_START
+
+    def encode(self, actions: Any) -> np.ndarray:
+        """Actions, leaves (T, ...), to ids (T, num_tokens).
+
+        Continuous ones are scaled by their bounds to [-1, 1] and not companded (App. B).
+        """
+        leaves = flatten(actions)
+        if set(leaves) != set(self._leaves):
+            raise ValueError(f"action keys {sorted(leaves)}, expected {sorted(self._leaves)}")
+        columns = [leaf.encode(leaves[key]) for key, leaf in self._leaves.items()]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
+
+    def decode(self, ids: np.ndarray) -> Any:
+        """Ids (num_tokens,) to an action of the space. Raises ValueError for an illegal id."""
+        ids = np.asarray(ids)
+        low, high = self.legal_ids.T
+        if ids.shape != low.shape or (ids < low).any() or (ids >= high).any():
+            raise ValueError(f"ids {ids.tolist()}, legal are {self.legal_ids.tolist()}")
+        first, values = 0, {}
+        for key, leaf in self._leaves.items():
+            values[key] = leaf.decode(ids[first : first + leaf.num_tokens])
+            first += leaf.num_tokens
+        return _nest(self.space, values)
+
+
+def _nest(space: gym.Space, leaves: dict[str, Any], prefix: str = "") -> Any:
+    """The inverse of `flatten`, for a value of `space`."""
+    parts = children(space)
+    if parts is None:
+        return leaves[prefix]
+    nested = {k: _nest(p, leaves, f"{prefix}/{k}" if prefix else k) for k, p in parts}
+    return tuple(nested.values()) if isinstance(space, gym.spaces.Tuple) else nested
 
 
 # --- images ---------------------------------------------------------------------------------------
+
+
+def as_images(values: np.ndarray, layout: str = "HWC") -> np.ndarray:
+    """Images (T, ...) in an `image_layout` to RGB (T, H, W, 3), sides multiples of 16.
+
+    Other sizes are enlarged to the next multiple, bilinearly (the paper does not say how). Grey
+    images become three equal channels.
+    """
+    if layout == "CHW":
+        values = np.moveaxis(values, 1, -1)
+    elif layout == "HW":
+        values = values[..., None]
+    if values.shape[-1] == 1:
+        values = np.repeat(values, 3, axis=-1)
+    t, h, w, _ = values.shape
+    height, width = -(-h // PATCH) * PATCH, -(-w // PATCH) * PATCH
+    if (height, width) == (h, w):
+        return values
+    out = np.empty((t, height, width, 3), np.uint8)
+    for i, image in enumerate(np.ascontiguousarray(values)):
+        resized = PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.BILINEAR)
+        out[i] = np.asarray(resized)
+    return out
 
 
 def patch_images(images: np.ndarray) -> np.ndarray:
@@ -173,7 +311,7 @@ class TokenSequence:
     Attributes:
       ids: int32 (L,), the paper's ids; 0 at image tokens.
       kinds: uint8 (L,), TEXT ... ACTION.
-      local: int32 (L,), local position; NO_POSITION for the separator.
+      local: int32 (L,), local position; NO_POSITION for the separator and in documents.
       patch: int32 (L,), index into `patches`; -1 where the token is no image patch.
       intervals: int32 (L, 4), patch intervals; zeros elsewhere.
       patches: uint8 (P, 16, 16, 3), distinct patches only.
@@ -224,7 +362,7 @@ class Tokenizer:
         return self._sequence(flatten(stack_observations(observations)), action_ids)
 
     def _sequence(self, leaves: dict[str, Any], actions: np.ndarray) -> TokenSequence:
-        spaces = flatten_space(self.observation_space)
+        spaces = flatten(self.observation_space)
         if set(leaves) != set(spaces):
             raise ValueError(f"observation keys {sorted(leaves)}, expected {sorted(spaces)}")
         t = len(actions)
@@ -289,8 +427,7 @@ class Tokenizer:
         if kind == IMAGE:
             if values.dtype != np.uint8:
                 raise ValueError(f"observation {key!r} has dtype {values.dtype}, expected uint8")
-            if space.shape[-1] == 1:
-                values = np.repeat(values, 3, axis=-1)
+            values = as_images(values, image_layout(space))
             x = patch_images(values)
             intervals = patch_intervals(*values.shape[1:3])
             n = x.shape[1]
@@ -300,12 +437,57 @@ class Tokenizer:
         values = values.reshape(t, -1)
         try:
             if kind == DISCRETE:
-                ids = tokenizers.encode_discrete(values, discrete_range=self.discrete_range)
+                if values.dtype.kind not in "iub":
+                    raise TypeError(f"expected whole numbers, got dtype {values.dtype}")
+                ids = tokenizers.encode_discrete(
+                    values.astype(np.int64) - _lowest(space), discrete_range=self.discrete_range
+                )
             else:
                 ids = tokenizers.encode_continuous(values, companded=True)
         except (TypeError, ValueError) as error:
             raise ValueError(f"observation {key!r}: {error}") from error
         return _Block(kind, ids.ravel(), np.full(t, values.shape[1], np.int64))
+
+
+def document_tokens(document: Document, text: Any) -> TokenSequence:
+    """A document's items in reading order, text as pieces and images as patches (2.1, 3.2).
+
+    There is no timestep, so there is no local position (the paper names none); patches keep their
+    row and column. A window may begin at any token.
+    """
+    if not document.items:
+        raise ValueError("a document has at least one item")
+    parts = []
+    for item in document.items:
+        if isinstance(item, str):
+            ids, kind = np.array(text.encode(item), np.int32), TEXT
+            patches, intervals = (
+                np.zeros((0, PATCH, PATCH, 3), np.uint8),
+                np.zeros((1, 4), np.int32),
+            )
+        else:
+            space = gym.spaces.Box(0, 255, np.shape(item), np.uint8)
+            layout = image_layout(space)
+            if layout is None or item.dtype != np.uint8:
+                raise ValueError(
+                    f"an item of dtype {item.dtype} and shape {item.shape} is no image"
+                )
+            images = as_images(item[None], layout)
+            patches, intervals = patch_images(images)[0], patch_intervals(*images.shape[1:3])
+            ids, kind = np.zeros(len(patches), np.int32), IMAGE
+        n = len(ids)
+        parts.append(
+            TokenSequence(
+                ids=ids,
+                kinds=np.full(n, kind, np.uint8),
+                local=np.full(n, NO_POSITION, np.int32),
+                patch=np.arange(n, dtype=np.int32) if kind == IMAGE else np.full(n, -1, np.int32),
+                intervals=np.broadcast_to(intervals, (n, 4)),
+                patches=patches,
+                offsets=np.arange(n + 1),
+            )
+        )
+    return concatenate(parts)
 
 
 class _Block(NamedTuple):
@@ -371,7 +553,8 @@ class Batch(NamedTuple):
     """What the network is given: B sequences of T tokens, Q distinct patches, K targets each.
 
     Attributes:
-      ids, local: int32 (B, T).
+      ids: int32 (B, T).
+      local: int32 (B, T), local position; negative where there is none.
       patch: int32 (B, T), index into `patches`; Q where the token is no image patch.
       rows, cols: int32 (B, T), patch positions in [0, 128).
       patches: uint8 (Q, 16, 16, 3).
@@ -392,8 +575,8 @@ class Batch(NamedTuple):
 
 
 def count_tokens(batch: Batch) -> int:
-    """Tokens that are not padding. Padding has id 0 and no position; a separator has its id."""
-    return int(((batch.local != NO_POSITION) | (batch.ids == tokenizers.SEPARATOR)).sum())
+    """Tokens that are not padding."""
+    return int((batch.local != PADDING_POSITION).sum())
 
 
 def make_batch(
@@ -430,7 +613,7 @@ def make_batch(
     used = take >= 0
     at = lambda x, fill: np.where(used, x[take], np.asarray(fill, x.dtype))  # noqa: E731
     ids, kinds = at(seq.ids, 0), at(seq.kinds, PAD)
-    local, patch = at(seq.local, NO_POSITION), at(seq.patch, -1)
+    local, patch = at(seq.local, PADDING_POSITION), at(seq.patch, -1)
 
     target = (kinds == ACTION) | ((kinds == TEXT) & text_loss)
     target[:, 0] = False  # nothing comes before it

@@ -112,7 +112,7 @@ def train(
             counters[k] for k in ("tokens", "seen", "padded", "pending")
         )
     step_fn = make_step(graph_of(model), config, jax.random.key(config.seed + 1))
-    batches = mixture.iterate(start)
+    batches = mixture.iterate(start, config.seed)
     begin = since = time.perf_counter()
     waited = 0.0
     for step in range(start, config.steps):

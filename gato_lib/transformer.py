@@ -1,6 +1,6 @@
 """A causal pre-norm transformer with GEGLU and relative attention (paper 2.3, App. C.1).
 
-Axes: B batch, T query tokens, S key tokens, D width, N heads, H head_dim, F half of mlp_dim.
+Axes: B batch, T tokens, D width, N heads, H head_dim, F hidden units of the feed-forward layer.
 """
 
 from __future__ import annotations
@@ -11,50 +11,34 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gato_lib.attention import attend, relative_features, sinusoids
 from gato_lib.config import ModelConfig
+from gato_lib.embedding import INIT
 
 
-def relative_features(length: int, width: int) -> np.ndarray:
-    """Sinusoids of the distance between query and key, float32 (length, width).
-
-    Row m is distance `length - 1 - m`, the order in which `relative_shift` wants them.
-    """
-    distance = np.arange(length - 1, -1, -1.0)
-    frequency = 10_000.0 ** (-np.arange(0, width, 2) / width)
-    angle = distance[:, None] * frequency
-    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
-
-
-def relative_shift(x: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
-    """Turn scores by distance into scores by key.
-
-    Column m of row i scores distance T - 1 - m; the result's column j scores distance i - j, for
-    j <= i. What lies above the diagonal is meaningless and masked by the caller.
-    """
-    b, n, t, s = x.shape
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (1, 0)))
-    return x.reshape(b, n, s + 1, t)[:, :, 1:].reshape(b, n, t, s)
+def _linear(config: ModelConfig, i: int, o: int, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
+    init = nnx.initializers.truncated_normal(INIT)
+    dtype = jnp.dtype(config.compute_dtype)
+    return nnx.Linear(i, o, use_bias=bias, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
 class Attention(nnx.Module):
-    """Multi-head causal attention; position enters only as the distance between query and key.
+    """Multi-head causal attention; order enters as the distance between query and key.
 
     Transformer-XL's form: a query meets a key's content (plus a bias u) and its distance (plus a
-    bias v), the distance through one learned D x D projection.
+    bias v), the distance through one learned D x D projection. With other `sequence_positions` it
+    is plain causal attention.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         n, h, d = config.num_heads, config.head_dim, config.width
-        init = nnx.initializers.truncated_normal(0.02)
-        linear = lambda i, o, bias=True: nnx.Linear(  # noqa: E731
-            i, o, use_bias=bias, kernel_init=init, dtype=jnp.dtype(config.compute_dtype), rngs=rngs
-        )
-        self.qkv = linear(d, 3 * n * h)
-        self.relative = linear(d, n * h, bias=False)
-        self.out = linear(n * h, d)
-        self.content_bias = nnx.Param(jnp.zeros((n, h)))
-        self.distance_bias = nnx.Param(jnp.zeros((n, h)))
+        self.qkv = _linear(config, d, 3 * n * h, rngs)
+        self.out = _linear(config, n * h, d, rngs)
+        if config.sequence_positions == "relative":
+            self.relative = _linear(config, d, n * h, rngs, bias=False)
+            self.content_bias = nnx.Param(jnp.zeros((n, h)))
+            self.distance_bias = nnx.Param(jnp.zeros((n, h)))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
@@ -62,34 +46,38 @@ class Attention(nnx.Module):
         # (B*T, D) -> (B, T, N, H), three times
         qkv = self.qkv(x.reshape(b * t, -1)).reshape(b, t, 3, c.num_heads, c.head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        r = self.relative(jnp.asarray(relative_features(t, c.width), x.dtype))
-        r = r.reshape(t, c.num_heads, c.head_dim)
-        f32 = jnp.float32
-        u, w = (p[...].astype(x.dtype)[None, None] for p in (self.content_bias, self.distance_bias))
-        content = jnp.einsum("BTNH,BSNH->BNTS", q + u, k, preferred_element_type=f32)
-        distance = jnp.einsum("BTNH,SNH->BNTS", q + w, r, preferred_element_type=f32)
-        scores = (content + relative_shift(distance)) * c.head_dim**-0.5
-        causal = np.tril(np.ones((1, 1, t, t), bool))
-        weights = jax.nn.softmax(jnp.where(causal, scores, -1e9), axis=-1).astype(x.dtype)
-        y = jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+        q_distance, r = q, None
+        if c.sequence_positions == "relative":
+            r = self.relative(jnp.asarray(relative_features(t, c.width), x.dtype))
+            r = r.reshape(t, c.num_heads, c.head_dim)
+            q_distance = q + self.distance_bias[...].astype(x.dtype)[None, None]
+            q = q + self.content_bias[...].astype(x.dtype)[None, None]
+        y = attend(q, q_distance, k, v, r, c.attention)
         return self.out(y.reshape(b * t, -1)).reshape(b, t, -1)
 
 
 class FeedForward(nnx.Module):
-    """GEGLU: a projection to mlp_dim, half of it gates; then back to the width."""
+    """GEGLU: a projection to mlp_dim, half of it gates; then back to the width.
+
+    `config.feed_forward` also knows the two other readings of Table 5, to count and compare.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        init = nnx.initializers.truncated_normal(0.02)
-        linear = lambda i, o: nnx.Linear(  # noqa: E731
-            i, o, kernel_init=init, dtype=jnp.dtype(config.compute_dtype), rngs=rngs
-        )
-        self.up = linear(config.width, config.mlp_dim)
-        self.down = linear(config.mlp_dim // 2, config.width)
+        d, m = config.width, config.mlp_dim
+        self.gated = config.feed_forward != "gelu"
+        up = 2 * m if config.feed_forward == "geglu_full" else m
+        self.up = _linear(config, d, up, rngs)
+        self.down = _linear(config, up // 2 if self.gated else up, d, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         b, t, d = x.shape
-        gate, value = jnp.split(self.up(x.reshape(b * t, d)), 2, axis=-1)  # (B*T, F) each
-        return self.down(jax.nn.gelu(gate) * value).reshape(b, t, d)
+        h = self.up(x.reshape(b * t, d))  # (B*T, F), or gates and values of (B*T, F) each
+        if self.gated:
+            gate, value = jnp.split(h, 2, axis=-1)
+            h = jax.nn.gelu(gate) * value
+        else:
+            h = jax.nn.gelu(h)
+        return self.down(h).reshape(b, t, d)
 
 
 class Block(nnx.Module):
@@ -117,17 +105,45 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """`depth` blocks and a final norm."""
+    """`depth` blocks and a final norm.
+
+    The blocks' parameters are one tree with a leading axis of `depth`, whether they are then
+    scanned or unrolled: a checkpoint does not depend on how it was computed.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.config = config
+        keys = jax.random.split(rngs.params(), config.depth)
+        self.blocks = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
         self.norm = nnx.LayerNorm(config.width, dtype=jnp.dtype(config.compute_dtype), rngs=rngs)
+
+    def layers(self) -> list[Block]:
+        """The blocks one by one."""
+        graph, stacked = nnx.split(self.blocks)
+        leaves, tree = jax.tree.flatten(stacked)
+        each = zip(*[jnp.unstack(leaf) for leaf in leaves], strict=True)
+        return [nnx.merge(graph, tree.unflatten(layer)) for layer in each]
 
     def __call__(
         self, x: Float[Array, "B T D"], key: jax.Array | None = None
     ) -> Float[Array, "B T D"]:
         """`key` turns stochastic depth on (training); None is evaluation."""
-        keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
-        for block, k in zip(self.blocks, keys, strict=True):
-            x = block(x, k)
+        c = self.config
+        if c.sequence_positions == "sinusoidal":
+            # As large as the learned rows: a sinusoid's root mean square is sqrt(1/2).
+            waves = sinusoids(np.arange(x.shape[1]), c.width) * (INIT * np.sqrt(2.0))
+            x = x + jnp.asarray(waves, x.dtype)[None]
+        keys = None if key is None else jax.random.split(key, c.depth)
+        if c.scan_layers:
+            graph, stacked = nnx.split(self.blocks)
+            body = lambda x, layer: (nnx.merge(graph, layer[0])(x, layer[1]), None)  # noqa: E731
+            if c.remat:
+                body = jax.checkpoint(body, prevent_cse=False)
+            x, _ = jax.lax.scan(body, x, (stacked, keys))
+        else:
+            call = lambda block, x, key: block(x, key)  # noqa: E731
+            if c.remat:
+                call = nnx.remat(call)
+            for i, block in enumerate(self.layers()):
+                x = call(block, x, None if keys is None else keys[i])
         return self.norm(x)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import io
 import json
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +50,7 @@ TRAINING_CODE = tuple(
         "sequence",
         "mixture",
         "embedding",
+        "attention",
         "transformer",
         "model",
         "training",
@@ -363,6 +366,76 @@ def play(
         left = f", about {duration((total - len(played)) / rate)} left" if rate > 0 else ""
         progress(f"{len(played)} of {total} episodes played{left}", done=len(played) == total)
     return played
+
+
+# --- trials ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One agent of an experiment: what it is trained with, and how it then plays.
+
+    `train.seed` decides the first parameters and the order of batches. Every trial plays the same
+    `episodes` of each task.
+    """
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+    episodes: int
+    prompt: str = "none"
+    continuous: str = "sample"
+    lanes: int = 5
+
+
+def run_trial(run: Run, trial: Trial) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train and play; returns metrics (as `train_agent`) and played episodes (as `play`).
+
+    What was done before is not done again.
+    """
+    folder, metrics = train_agent(
+        run, trial.name, trial.model, trial.train, _prepare_once(run, trial.data)
+    )
+    choices = {"continuous": trial.continuous}
+    played = play(
+        run, folder, trial.episodes, seed=0, lanes=trial.lanes, prompt=trial.prompt, **choices
+    )
+    return metrics, played
+
+
+_prepare_once = functools.lru_cache(maxsize=1)(prepare)
+
+
+def run_trials(
+    run: Run, trials: Sequence[Trial], workers: int = 1
+) -> Iterator[tuple[Trial, pd.DataFrame, pd.DataFrame]]:
+    """Run trials, `workers` at a time on a core each, yielding (trial, metrics, played) in order.
+
+    Prints progress. With one worker everything happens in this process, on all cores.
+    """
+    progress, begin = Progress(every=0.0), time.perf_counter()
+    # Trials of one data set together, so that a worker seldom has to read another.
+    trials = sorted(trials, key=lambda t: t.data.digest())
+    for config in dict.fromkeys(t.data for t in trials):
+        for _ in collection.collect(collections(run, config)):
+            pass  # before the workers start: they would all collect
+    with contextlib.ExitStack() as stack:
+        if workers == 1:
+            outcomes = (run_trial(run, t) for t in trials)
+        else:
+            pool = stack.enter_context(collection.worker_pool(workers, pinned=True))
+            outcomes = pool.map(_run_quietly, [run] * len(trials), trials)
+        for number, (trial, outcome) in enumerate(zip(trials, outcomes, strict=True), start=1):
+            spent = time.perf_counter() - begin
+            left = duration(spent / number * (len(trials) - number))
+            progress(f"{number} of {len(trials)} trials: {trial.name}, about {left} left")
+            yield trial, *outcome
+
+
+def _run_quietly(run: Run, trial: Trial) -> tuple[pd.DataFrame, pd.DataFrame]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run_trial(run, trial)
 
 
 # --- progress -------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from flax import nnx
 
 from gato_lib import sequence as sq
 from gato_lib import tokenizers as tk
+from gato_lib.attention import relative_features, relative_shift
 from gato_lib.config import MODEL_SIZES, ConfigError, ModelConfig, model_config
 from gato_lib.embedding import num_rows, table_row, value_features
 from gato_lib.episodes import Episode
 from gato_lib.model import Gato, count_parameters, cross_entropy, masked_loss
 from gato_lib.training import graph_of, initial_state, merge
-from gato_lib.transformer import relative_features, relative_shift
 
 TINY = ModelConfig(2, 2, 32, 64, 16, text_rows=1024, stochastic_depth=0.0)
 
@@ -152,7 +152,7 @@ def test_relative_shift_by_hand():
 
 def test_attention_equals_the_formula_written_out(gato):
     """score(i, j) = (q_i + u) k_j + (q_i + w) W R(i - j), one pair at a time, j <= i."""
-    attention = nnx.clone(gato.transformer.blocks[0].attention)
+    attention = nnx.clone(gato.transformer.layers()[0].attention)
     for seed, name in enumerate(("content_bias", "distance_bias")):
         setattr(attention, name, nnx.Param(jax.random.normal(jax.random.key(seed), (2, 16))))
     t = 5

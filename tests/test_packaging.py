@@ -74,6 +74,7 @@ ORDER = (
     "sequence",
     "mixture",
     "embedding",
+    "attention",
     "transformer",
     "model",
     "checkpoint",

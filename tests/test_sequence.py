@@ -97,7 +97,7 @@ def test_batch(tokens):
     batch = sq.make_batch(tokens, [[(0, 9)], [(0, 9), (9, 19)]], 20, 8, 4)
     assert batch.ids.shape == (2, 20)
     assert batch.ids[0].tolist() == IDS[:9] + [0] * 11
-    assert batch.local[1].tolist() == [*LOCAL, -1]
+    assert batch.local[1].tolist() == [*LOCAL, -2]  # padding
     # Each target is predicted from the position before it.
     assert batch.target_positions[0][:3].tolist() == [4, 6, 7]
     assert batch.target_ids[0][:3].tolist() == [700, 32000, 33023]
@@ -139,19 +139,21 @@ def test_concatenate(tokens):
 
 def test_actions_are_scaled_by_their_bounds_and_round_trip():
     spec = sq.ActionSpec(ACTIONS)
-    assert spec.legal_ids == (32000, 33024) and spec.num_tokens == 2
+    assert spec.legal_ids.tolist() == [[32000, 33024]] * 2 and spec.num_tokens == 2
     value = spec.decode(spec.encode(np.array([[-2.0, 1.0]], np.float32))[0])
     np.testing.assert_allclose(value, [-2.0, 1.0], atol=2 / 1024)
     assert value.dtype == np.float32 and ACTIONS.contains(value)
     discrete = sq.ActionSpec(gym.spaces.Discrete(7))
-    assert discrete.legal_ids == (0, 7) and discrete.num_tokens == 1
+    assert discrete.legal_ids.tolist() == [[0, 7]] and discrete.num_tokens == 1
     assert discrete.decode(np.array([6])) == 6
     own = sq.ActionSpec(gym.spaces.Discrete(7), "own")
-    assert own.legal_ids == (33025, 33032)
+    assert own.legal_ids.tolist() == [[33025, 33032]]
     with pytest.raises(ValueError, match="finite bounds"):
         sq.ActionSpec(gym.spaces.Box(-np.inf, np.inf, (1,)))
-    with pytest.raises(TypeError, match="Discrete or a float Box"):
-        sq.ActionSpec(gym.spaces.MultiDiscrete([2, 3]))
+    with pytest.raises(TypeError, match="action 'say': text has no fixed number of tokens"):
+        sq.ActionSpec(gym.spaces.Dict({"say": gym.spaces.Text(5)}))
+    with pytest.raises(TypeError, match="2000 values, discrete tokens have 1024"):
+        sq.ActionSpec(gym.spaces.Discrete(2000))
 
 
 @pytest.mark.parametrize(

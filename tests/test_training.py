@@ -194,7 +194,7 @@ def test_a_checkpoint_cut_short_is_ignored(tmp_path):
 
 def test_training_overfits_one_batch(mixture):
     class OneBatch:
-        def iterate(self, start):
+        def iterate(self, start, seed):
             while True:
                 yield mixture[0]
 
@@ -207,7 +207,7 @@ def test_training_overfits_one_batch(mixture):
 
 def test_a_loss_that_is_not_finite_stops_with_its_source(mixture):
     class Poisoned:
-        def iterate(self, start):
+        def iterate(self, start, seed):
             for i in itertools.count(start):
                 name, batch = mixture[i]
                 weights = batch.target_weights * (np.nan if i == 3 else 1.0)
@@ -235,7 +235,7 @@ def test_actions_are_legal_and_do_not_depend_on_the_batch(agent):
             h.observations.append(env.reset(seed=s)[0])
         actions = agent.act(tokenizer, together)
         assert all(env.action_space.contains(a) for a in actions)
-        low, high = tokenizer.action_spec.legal_ids
+        low, high = tokenizer.action_spec.legal_ids.T
         assert all(((h.action_ids[0] >= low) & (h.action_ids[0] < high)).all() for h in together)
         alone = History(1)
         alone.observations.append(env.reset(seed=1)[0])
@@ -266,7 +266,7 @@ def test_acting_equals_the_training_forward_pass(text, demonstrations):
         span = (int(at[first]), int(at[-1]))
         batch = sq.make_batch(seq, [[span]], 90, 90, 64)
         hidden = model.hidden(batch)[0]
-        n, (low, high) = tokenizer.action_spec.num_tokens, tokenizer.action_spec.legal_ids
+        n, (low, high) = tokenizer.action_spec.num_tokens, tokenizer.action_spec.legal_ids[0]
         for i in range(n):
             logits = model.embedding.logits(hidden[span[1] - span[0] - n - 1 + i][None])[0]
             start = low if low < 32000 else 1024

@@ -74,7 +74,7 @@ def test_committed_rows_are_tidy():
         ({"tasks": ()}, "tasks is empty"),
         ({"episodes": (("metaworld", 3),)}, r"no number for \['babyai'\]"),
         ({"prompt_fraction": 1.5}, "prompt_fraction"),
-        ({"vocabulary_size": 5000}, "vocabulary_size is 5000"),
+        ({"vocabulary_size": 50_000}, "vocabulary_size is 50000"),
         ({"bacth_tokens": 1}, "unknown key"),
     ],
 )

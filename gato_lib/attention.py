@@ -1,0 +1,135 @@
+"""Causal attention with Transformer-XL's relative positions, in several implementations.
+
+Axes: B batch, T query tokens, S key tokens, N heads, H head_dim.
+
+All implementations compute the same function, score(i, j) = (q_i + u) k_j + (q_i + v) r_{i-j} for
+keys j <= i, and differ in speed and in what they can run on (`ModelConfig.attention`):
+
+    name         runs on   relative term                       other limits
+    plain        any       added to the scores                 T x T scores in memory
+    blocked      any       per block of queries                skips what lies above the diagonal
+    dot_product  any       as `bias` of jax.nn's function      T x T bias in memory
+    flash        GPU, TPU  as bias of cuDNN's (GPU) or         T x T bias in memory; GPU: bfloat16,
+                           Pallas' kernel (TPU)                head_dim a multiple of 8
+    auto         any       blocked on a CPU, else dot_product
+
+Splash attention, the newer TPU kernel, takes no bias and so cannot hold the relative term.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gato_lib.config import ConfigError
+
+BLOCK = 128  # query rows of "blocked"
+MASKED = -1e9
+
+
+def sinusoids(positions: np.ndarray, width: int) -> np.ndarray:
+    """Sines, then cosines, of T positions at width / 2 frequencies, float32 (T, width)."""
+    frequency = 10_000.0 ** (-np.arange(0, width, 2) / width)
+    angle = np.asarray(positions, np.float64)[:, None] * frequency
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
+def relative_features(length: int, width: int) -> np.ndarray:
+    """Sinusoids of the distance between query and key, float32 (length, width).
+
+    Row m is distance `length - 1 - m`, the order in which `relative_shift` wants them.
+    """
+    return sinusoids(np.arange(length - 1, -1, -1), width)
+
+
+def relative_shift(x: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
+    """Turn scores by distance into scores by key, for the last T of S positions.
+
+    Column m of the input scores distance S - 1 - m. Row i of the result is position S - T + i, and
+    its column j scores key j. What lies above the diagonal is meaningless and masked by the caller.
+    """
+    b, n, t, s = x.shape
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    return x.reshape(b, n, s + 1, t)[:, :, 1:].reshape(b, n, t, s)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    q_distance: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    r: Float[Array, "T N H"] | None,
+    implementation: str = "plain",
+) -> Float[Array, "B T N H"]:
+    """Causal softmax attention, scores scaled by 1 / sqrt(H) and computed in float32.
+
+    Args:
+      q: queries as they meet a key's content, q + u.
+      q_distance: queries as they meet its distance, q + v.
+      r: projected `relative_features`; None leaves the relative term out.
+
+    Raises ConfigError where the implementation does not run on this machine.
+    """
+    if implementation == "auto":
+        implementation = "blocked" if jax.default_backend() == "cpu" else "dot_product"
+    if implementation in ("plain", "blocked"):
+        t = q.shape[1]
+        size = t if implementation == "plain" else BLOCK
+        blocks = [(first, min(first + size, t)) for first in range(0, t, size)]
+        rows = [_rows(q[:, a:b], q_distance[:, a:b], k[:, :b], v[:, :b], r, b) for a, b in blocks]
+        return jnp.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
+    if implementation == "dot_product":
+        bias = None if r is None else _bias(q_distance, r)
+        return jax.nn.dot_product_attention(q, k, v, bias, is_causal=True)
+    if implementation == "flash":
+        return _flash(q, q_distance, k, v, r, jax.default_backend())
+    raise ConfigError(f"unknown attention {implementation!r}")
+
+
+def _rows(q, q_distance, k, v, r, last):
+    """The last T of `last` positions: scores (B, N, T, S), softmax, values."""
+    f32 = jnp.float32
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=f32)
+    if r is not None:
+        by_distance = jnp.einsum(
+            "BTNH,SNH->BNTS", q_distance, r[len(r) - last :], preferred_element_type=f32
+        )
+        scores += relative_shift(by_distance)
+    t, s = scores.shape[2:]
+    causal = np.tril(np.ones((1, 1, t, s), bool), s - t)
+    scores = jnp.where(causal, scores * q.shape[-1] ** -0.5, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+
+
+def _bias(q_distance, r) -> Float[Array, "B N T T"]:
+    """The relative term as an additive bias, already scaled."""
+    by_distance = jnp.einsum("BTNH,SNH->BNTS", q_distance, r)
+    return relative_shift(by_distance) * q_distance.shape[-1] ** -0.5
+
+
+def _flash(q, q_distance, k, v, r, backend):
+    """The vendor's fused kernel. Padding at the end is never seen: attention is causal."""
+    if backend not in ("gpu", "tpu"):
+        raise ConfigError(f"attention 'flash' needs a GPU or TPU, this is a {backend}")
+    if backend == "gpu" and q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ConfigError("attention 'flash' on a GPU needs compute_dtype 'bfloat16'")
+    t, h = q.shape[1], q.shape[-1]
+    multiple = 128 if backend == "tpu" else 2
+    padding = -t % multiple
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))  # noqa: E731
+    bias = None
+    if r is not None:
+        bias = jnp.pad(_bias(q_distance, r), ((0, 0), (0, 0), (0, padding), (0, padding)))
+    q, k, v = pad(q), pad(k), pad(v)
+    if backend == "gpu":
+        y = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
+    else:
+        from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+
+        # The kernel wants heads before positions.
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        y = jnp.swapaxes(flash_attention(q, k, v, bias, causal=True, sm_scale=h**-0.5), 1, 2)
+    return y[:, :t]
