@@ -129,7 +129,7 @@ def _flash(q, q_distance, k, v, r, backend):
     else:
         from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 
-        # The kernel wants heads before positions.
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        y = jnp.swapaxes(flash_attention(q, k, v, bias, causal=True, sm_scale=h**-0.5), 1, 2)
+        # The kernel wants heads before positions, and would scale the bias along with the scores.
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * h**-0.5, k, v))
+        y = jnp.swapaxes(flash_attention(q, k, v, bias, causal=True), 1, 2)
     return y[:, :t]

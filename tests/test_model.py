@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import gymnasium as gym
 import jax
@@ -13,13 +14,13 @@ from flax import nnx
 
 from gato_lib import sequence as sq
 from gato_lib import tokenizers as tk
-from gato_lib.attention import relative_features, relative_shift
 from gato_lib.config import MODEL_SIZES, ConfigError, ModelConfig, model_config
-from gato_lib.embedding import num_rows, table_row, value_features
+from gato_lib.embedding import num_rows, scale_pixels, table_row, value_features
 from gato_lib.episodes import Episode
 from gato_lib.model import Gato, count_parameters, cross_entropy, masked_loss
 from gato_lib.training import graph_of, initial_state, merge
 
+PATCHES = 40  # slots: ten images of four
 TINY = ModelConfig(2, 2, 32, 64, 16, text_rows=1024, stochastic_depth=0.0)
 
 
@@ -39,7 +40,7 @@ def batch():
         }
     )
     rng = np.random.default_rng(0)
-    t = 6
+    t = 10
     episode = Episode(
         "t/x",
         {
@@ -55,8 +56,8 @@ def batch():
     )
     tokenizer = sq.Tokenizer(space, gym.spaces.Box(-1, 1, (2,), np.float32))
     tokens = tokenizer.episode(episode)  # 4 + 2 + 1 + 1 + 2 = 10 tokens a step
-    windows = [[(10 * i, 10 * i + 30)] for i in range(4)]
-    return sq.make_batch(tokens, windows, 30, 6, 24)
+    windows = [[(10 * i, 10 * i + 30)] for i in range(8)]
+    return sq.make_batch(tokens, windows, 30, 6, PATCHES)
 
 
 def test_published_totals():
@@ -75,15 +76,17 @@ def test_counted_is_allocated(gato):
 def test_causality(gato, batch, position):
     """Changing token t leaves everything before it bit-identical, and changes t itself."""
     hidden = jax.jit(lambda b: gato.hidden(b))
+    head = jax.jit(lambda h: gato.embedding.logits(h))
     ids, patch = batch.ids.copy(), batch.patch.copy()
-    if patch[0, position] < 24:
-        patch[0, position] = (patch[0, position] + 1) % 24
+    if patch[0, position] < PATCHES:
+        patch[0, position] = (patch[0, position] + 1) % PATCHES
     else:
         ids[0, position] = 32001 if ids[0, position] != 32001 else 32002
     before, after = hidden(batch), hidden(batch._replace(ids=ids, patch=patch))
     np.testing.assert_array_equal(before[0, :position], after[0, :position])
     assert np.abs(before[0, position:] - after[0, position:]).max(axis=-1).min() > 0
     np.testing.assert_array_equal(before[1:], after[1:])
+    np.testing.assert_array_equal(head(before[0])[:position], head(after[0])[:position])
 
 
 def test_a_target_is_predicted_without_being_seen(gato, batch):
@@ -95,25 +98,28 @@ def test_a_target_is_predicted_without_being_seen(gato, batch):
     np.testing.assert_array_equal(logits(batch)[:6], logits(batch._replace(ids=ids))[:6])
 
 
-def test_batch_of_four_equals_four_batches_of_one(gato, batch):
-    together = gato.hidden(batch)
-    for i in range(4):
-        alone = batch._replace(
-            **{k: getattr(batch, k)[i : i + 1] for k in ("ids", "local", "patch", "rows", "cols")}
-        )
-        np.testing.assert_allclose(gato.hidden(alone)[0], together[i], atol=1e-5)
+def one_row(batch, i):
+    per_row = [k for k in batch._fields if k != "patches"]
+    return batch._replace(**{k: getattr(batch, k)[i : i + 1] for k in per_row})
+
+
+def test_batch_of_eight_equals_eight_batches_of_one(gato, batch):
+    logits = jax.jit(lambda b: gato.target_logits(b))
+    together = logits(batch)
+    alone = np.concatenate([logits(one_row(batch, i)) for i in range(8)])
+    np.testing.assert_allclose(alone, together, atol=1e-5)
 
 
 def test_padding_changes_nothing(gato, batch):
     pad = lambda x, fill: np.pad(x, ((0, 0), (0, 11)), constant_values=fill)  # noqa: E731
     padded = batch._replace(
         ids=pad(batch.ids, 0),
-        local=pad(batch.local, -1),
-        patch=pad(batch.patch, 24),
+        local=pad(batch.local, sq.PADDING_POSITION),
+        patch=pad(batch.patch, PATCHES),
         rows=pad(batch.rows, 0),
         cols=pad(batch.cols, 0),
     )
-    np.testing.assert_allclose(gato.hidden(padded)[:, :30], gato.hidden(batch), atol=1e-5)
+    np.testing.assert_allclose(gato.target_logits(padded), gato.target_logits(batch), atol=1e-5)
     np.testing.assert_allclose(masked_loss(gato, padded), masked_loss(gato, batch), atol=1e-5)
 
 
@@ -123,31 +129,140 @@ def test_unused_target_slots_and_patch_slots_count_for_nothing(gato, batch):
         target_ids=np.pad(batch.target_ids, ((0, 0), (0, 3))),
         target_weights=np.pad(batch.target_weights, ((0, 0), (0, 3))),
         patches=np.pad(batch.patches, ((0, 8), (0, 0), (0, 0), (0, 0)), constant_values=7),
-        patch=np.where(batch.patch == 24, 32, batch.patch),
+        patch=np.where(batch.patch == PATCHES, PATCHES + 8, batch.patch),
     )
     np.testing.assert_allclose(masked_loss(gato, wide), masked_loss(gato, batch), rtol=1e-6)
 
 
-def test_training_and_evaluation_modes(batch):
-    config = dataclasses.replace(TINY, stochastic_depth=0.5)
-    model = Gato(config, rngs=nnx.Rngs(0))
-    key = jax.random.key(0)
-    evaluation = model.hidden(batch)
-    np.testing.assert_array_equal(evaluation, model.hidden(batch))
-    assert not np.allclose(evaluation, model.hidden(batch, key))
-    assert np.isfinite(masked_loss(model, batch, key))
+SWITCHES = [
+    {},
+    {"sequence_positions": "sinusoidal"},
+    {"sequence_positions": "none", "local_positions": False},
+    {"patch_embedder": "linear"},
+    {"feed_forward": "gelu"},
+    {"feed_forward": "geglu_full"},
+    {"tied": False},
+    {"discrete_range": "own"},
+    {"value_rows": "ordinal", "discrete_range": "own", "tied": False},
+    {"compute_dtype": "bfloat16"},
+    {"attention": "dot_product", "scan_layers": True, "remat": True},
+]
 
 
-def test_relative_shift_by_hand():
-    # Column m of the input scores distance T - 1 - m; entry [i, j] must score distance i - j.
-    t = 4
-    by_distance = jnp.broadcast_to(jnp.arange(t - 1, -1, -1.0), (1, 1, t, t))
-    shifted = np.asarray(relative_shift(by_distance))[0, 0]
-    expected = [[0, None, None, None], [1, 0, None, None], [2, 1, 0, None], [3, 2, 1, 0]]
-    for i in range(t):
-        for j in range(i + 1):
-            assert shifted[i, j] == expected[i][j]
-    assert relative_features(4, 8)[3].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]  # distance 0
+@pytest.mark.parametrize("changes", SWITCHES, ids=str)
+def test_training_and_evaluation_modes(batch, changes):
+    config = dataclasses.replace(TINY, stochastic_depth=0.5, **changes)
+    state = initial_state(config, _train_config())
+    graph = graph_of(config)
+    assert {x.dtype for x in jax.tree.leaves(state["params"])} == {np.dtype(np.float32)}
+    loss = lambda p, key: masked_loss(merge(graph, p), batch, key)  # noqa: E731
+
+    @jax.jit
+    def run(params, key):
+        return loss(params, None), *jax.value_and_grad(loss)(params, key)
+
+    evaluation, value, grads = run(state["params"], jax.random.key(0))
+    again, other, _ = run(state["params"], jax.random.key(1))
+    assert evaluation == again, "evaluation draws nothing"
+    assert len({float(evaluation), float(value), float(other)}) == 3, "training skips sub-layers"
+    assert 0 < value < 12 and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@functools.cache
+def _loss_and_gradients(config, training):
+    key = jax.random.key(0) if training else None
+    params = initial_state(config, _train_config())["params"]
+    loss = lambda p, b: masked_loss(merge(graph_of(config), p), b, key)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss)), params
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}],
+    ids=str,
+)
+def test_how_it_is_computed_changes_nothing(batch, changes, training):
+    """One tree of parameters runs every way, to the same loss and gradients."""
+    config = dataclasses.replace(TINY, stochastic_depth=0.3 * training, attention="plain")
+    plain, params = _loss_and_gradients(config, training)
+    changed, _ = _loss_and_gradients(dataclasses.replace(config, **changes), training)
+    value, grads = plain(params, batch)
+    other, other_grads = changed(params, batch)
+    np.testing.assert_allclose(other, value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other_grads, grads)
+
+
+def test_bfloat16_is_close_to_float32(gato, batch):
+    params = nnx.to_pure_dict(nnx.split(gato, nnx.Param)[1])
+    low = merge(graph_of(dataclasses.replace(TINY, compute_dtype="bfloat16")), params)
+    exact, rounded = gato.target_logits(batch), low.target_logits(batch)
+    assert rounded.dtype == np.float32 and low.hidden(batch).dtype == jnp.bfloat16
+    scale = np.abs(exact).max()
+    assert 0 < np.abs(exact - rounded).max() / scale < 0.03
+
+
+def test_without_positions_order_is_not_seen(batch):
+    """In one layer without positions, what came before the last token is a set."""
+    config = dataclasses.replace(TINY, depth=1, sequence_positions="none", local_positions=False)
+    order = np.concatenate([np.random.default_rng(0).permutation(29), [29]])
+    shuffled = batch._replace(
+        **{k: getattr(batch, k)[:, order] for k in ("ids", "local", "patch", "rows", "cols")}
+    )
+    last = lambda c: [  # noqa: E731
+        np.asarray(Gato(c, rngs=nnx.Rngs(0)).hidden(b)[:, -1]) for b in (batch, shuffled)
+    ]
+    np.testing.assert_allclose(*last(config), atol=1e-6)
+    for change in ({"sequence_positions": "sinusoidal"}, {"sequence_positions": "relative"}):
+        a, b = last(dataclasses.replace(config, **change))
+        assert np.abs(a - b).max() > 1e-4
+
+
+def test_counts_of_other_readings_by_hand():
+    """A layer: 4 D^2 attention, D^2 distances, and 3 D M / 2, 3 D M or 2 D M feed-forward."""
+    d, m, n = 32, 64, 2
+    layer = 4 * d * d + 3 * d + d + d * d + 2 * d  # with biases, and u and v
+    norms = 4 * d
+    rest = count_parameters(TINY) - n * (layer + norms + 3 * d * m // 2 + m + d)
+    for kind, parameters in {
+        "geglu": 3 * d * m // 2 + m + d,
+        "geglu_full": 3 * d * m + 2 * m + d,
+        "gelu": 2 * d * m + m + d,
+    }.items():
+        config = dataclasses.replace(TINY, feed_forward=kind)
+        assert count_parameters(config) == rest + n * (layer + norms + parameters), kind
+    base = count_parameters(TINY)
+    count = lambda **c: count_parameters(dataclasses.replace(TINY, **c))  # noqa: E731
+    assert count(tied=False) == base + 2049 * d
+    assert count(sequence_positions="none") == base - n * (d * d + 2 * d)
+    assert count(sequence_positions="sinusoidal") == count(sequence_positions="none")
+    assert count(local_positions=False) == base - 513 * d
+    assert count(discrete_range="own") == base + 1024 * d
+    # Table 257, patch: root 3*9*64, two 64*9*64 and one 64*64 convolutions, biases, norms, Linear.
+    residual = 27 * 64 + 2 * 576 * 64 + 64 * 64 + 4 * 64 + 4 * 64 + 256 * d + d
+    assert count(patch_embedder="linear") == base - residual + 768 * d + d
+
+
+def test_the_patch_embedder_is_the_same_at_every_size():
+    """But for its output width, which is the network's."""
+    shapes = []
+    for size in ("79M", "364M", "1.18B"):
+        config = MODEL_SIZES[size]
+        shell = nnx.eval_shape(lambda c=config: Gato(c, rngs=nnx.Rngs(0)))
+        patch = nnx.to_pure_dict(nnx.state(shell.embedding.patch, nnx.Param))
+        project = patch.pop("project")
+        assert project["kernel"].shape == (256, config.width)
+        shapes.append(jax.tree.map(lambda x: x.shape, patch))
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_patches_are_scaled_by_hand():
+    """2.1: 0 and 255 become -1/4 and 1/4: [-1, 1] over the square root of 16."""
+    patches = np.zeros((2, 16, 16, 3), np.uint8)
+    patches[1] = 255
+    scaled = scale_pixels(patches)
+    assert scaled[0].min() == scaled[0].max() == -0.25
+    assert scaled[1].min() == scaled[1].max() == 0.25
 
 
 def test_attention_equals_the_formula_written_out(gato):
@@ -224,7 +339,7 @@ def test_soft_targets_by_hand():
 def test_gradients_reach_every_parameter(batch):
     state = initial_state(TINY, _train_config())
     graph = graph_of(TINY)
-    grads = jax.grad(lambda p: masked_loss(merge(graph, p), batch))(state["params"])
+    grads = jax.jit(jax.grad(lambda p: masked_loss(merge(graph, p), batch)))(state["params"])
     silent = [
         jax.tree_util.keystr(path)
         for path, g in jax.tree.leaves_with_path(grads)
