@@ -4,7 +4,7 @@
 SHELL := bash
 PRESET ?= laptop
 # The other notebooks say nothing about the ablation.
-NOTEBOOK ?= $(if $(filter ablation,$(PRESET)),04_training)
+NOTEBOOK ?= $(if $(filter ablation,$(PRESET)),16_ablations)
 
 # Command-line variables do not reach $(shell) by themselves in older makes.
 ENVIRONMENT := $(shell GATO_ENV='$(GATO_ENV)' USE_CONDA='$(USE_CONDA)' bash experiments/setup.sh --where)
@@ -25,7 +25,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export MUJOCO_GL ?= egl
 endif
 
-.PHONY: help setup reproduce test test-slow notebooks results references lint lab clean
+.PHONY: help setup reproduce test test-slow notebooks results references benchmarks lint lab clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -56,6 +56,9 @@ results: setup ## run the notebooks, then update the committed files that PRESET
 
 references: setup ## measure the expert and random returns that scores are relative to
 	@$(PYTHON) experiments/references.py
+
+benchmarks: setup ## measure speeds on this machine and update their committed rows
+	@for file in experiments/benchmarks/*.py; do $(PYTHON) $$file || exit 1; done
 
 lint: setup ## ruff: rules and format, notebooks included
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && echo "lint: clean"

@@ -316,7 +316,10 @@ def write_minari(
             infos={
                 # One row an observation: the initial one carries zeros. As lists, because Minari
                 # cannot read back an info that was a one-dimensional array.
-                "executed": list(np.concatenate([np.zeros_like(e.executed[:1]), e.executed])),
+                **{
+                    _executed_key(key): list(np.concatenate([np.zeros_like(leaf[:1]), leaf]))
+                    for key, leaf in flatten(e.executed).items()
+                },
                 "success": [False] * e.steps + [e.success],
             },
         )
@@ -340,6 +343,11 @@ def write_minari(
                 "gato": json.dumps(metadata, sort_keys=True),
             }
         )
+
+
+def _executed_key(key: str) -> str:
+    """Minari's info for a leaf of the executed action: "executed", or "executed:" and its path."""
+    return "executed" + (f":{key.replace('/', '.')}" if key else "")
 
 
 def read_minari(folder: str | os.PathLike) -> tuple[list[Episode], dict[str, Any]]:
@@ -366,8 +374,13 @@ def read_minari(folder: str | os.PathLike) -> tuple[list[Episode], dict[str, Any
             episode = Episode(
                 task=metadata["task"],
                 observations=raw.observations,
-                actions=np.asarray(raw.actions),
-                executed=np.asarray(raw.infos["executed"])[1:],
+                actions=raw.actions,
+                executed=_unflatten(
+                    {
+                        key: np.asarray(raw.infos[_executed_key(key)])[1:]
+                        for key in flatten(raw.actions)
+                    }
+                ),
                 rewards=np.asarray(raw.rewards, np.float64),
                 success=bool(np.asarray(raw.infos["success"])[-1]),
                 seed=int(next(iter(dataset.storage.get_episode_metadata([i])))["seed"]),

@@ -171,7 +171,7 @@ def loss_curves(metrics: pd.DataFrame, ax: Axes) -> Axes:
 
 def token_grid(
     ax: Axes,
-    labels: Sequence[str],
+    labels: Sequence[str | np.ndarray],
     kinds: Sequence[str],
     local: Sequence[int],
     mask: Sequence[bool],
@@ -179,10 +179,15 @@ def token_grid(
 ) -> Axes:
     """A timestep drawn token by token: colour is the kind, a bold frame marks a target.
 
-    `labels` are written in the cells, `local` below them (blank where negative).
+    `labels` are written in the cells, or shown where they are images; `local` stands below them
+    (blank where negative).
     """
     count = len(labels)
     rows = -(-count // columns)
+    box = ax.get_position()
+    inches = ax.figure.get_size_inches()
+    wide, high = box.width * inches[0] / columns, box.height * inches[1] / rows  # of a cell
+    side = min(0.8 * wide, 0.52 * high)  # of a picture in it
     for i in range(count):
         r, c = divmod(i, columns)
         color = KIND_COLORS[kinds[i]]
@@ -196,7 +201,13 @@ def token_grid(
                 lw=1.6 if mask[i] else 0.6,
             )
         )
-        ax.text(c + 0.5, -r - 0.42, labels[i], ha="center", va="center", fontsize=6.5)
+        if isinstance(labels[i], str):
+            size = min(6.5, 6.5 * wide / (0.065 * max(len(labels[i]), 1)))
+            ax.text(c + 0.5, -r - 0.42, labels[i], ha="center", va="center", fontsize=size)
+        else:
+            x, y, w, h = c + 0.5, -r - 0.42, side / wide / 2, side / high / 2
+            extent = (x - w, x + w, y - h, y + h)
+            ax.imshow(labels[i], extent=extent, aspect="auto", interpolation="nearest", zorder=2)
         if local[i] >= 0:
             ax.text(
                 c + 0.5,

@@ -89,27 +89,28 @@ def image_layout(space: gym.Space) -> str | None:
 
 
 def _counts(space: gym.Space) -> np.ndarray:
-    """How many values each element can take."""
+    """How many values each element of a discrete space can take, int64 (n,)."""
     if isinstance(space, gym.spaces.Discrete):
         return np.array([space.n], np.int64)
-    if isinstance(space, gym.spaces.MultiBinary):
-        return np.full(int(np.prod(space.shape, dtype=int)), 2, np.int64)
     if isinstance(space, gym.spaces.MultiDiscrete):
         return space.nvec.ravel().astype(np.int64)
-    return (space.high.astype(np.int64) - space.low.astype(np.int64) + 1).ravel()
+    if isinstance(space, gym.spaces.MultiBinary):
+        return np.full(int(np.prod(space.shape, dtype=int)), 2, np.int64)
+    return space.high.ravel().astype(np.int64) - space.low.ravel().astype(np.int64) + 1
 
 
 def _lowest(space: gym.Space) -> np.ndarray | None:
-    """Lowest value of each element of a discrete space, (n,); None where a Box is not discrete."""
+    """Lowest value of each element of a discrete space, int64 (n,); None for a continuous Box."""
     if isinstance(space, gym.spaces.Discrete):
         return np.array([space.start], np.int64)
-    if isinstance(space, gym.spaces.MultiBinary):
-        return np.zeros(int(np.prod(space.shape, dtype=int)), np.int64)
     if isinstance(space, gym.spaces.MultiDiscrete):
         return space.start.ravel().astype(np.int64)
+    if isinstance(space, gym.spaces.MultiBinary):
+        return np.zeros(int(np.prod(space.shape, dtype=int)), np.int64)
     if not (np.issubdtype(space.dtype, np.integer) or space.dtype == bool):
         return None
-    if not space.is_bounded() or _counts(space).max(initial=0) > tokenizers.NUM_BINS:
+    low, high = (x.ravel().astype(np.float64) for x in (space.low, space.high))
+    if (high - low).max(initial=0) >= tokenizers.NUM_BINS:  # also where there are no bounds
         return None
     return space.low.ravel().astype(np.int64)
 

@@ -40,7 +40,8 @@ def mu_law_encode(values: np.ndarray) -> np.ndarray:
     Any shape, float64 out. Values beyond 256 leave [-1, 1]; `encode_continuous` clips them.
     """
     x = np.asarray(values, np.float64)
-    return np.sign(x) * np.log(np.abs(x) * MU + 1.0) / np.log(M * MU + 1.0)
+    with np.errstate(over="ignore"):  # near the largest float the product is infinite
+        return np.sign(x) * np.log(np.abs(x) * MU + 1.0) / np.log(M * MU + 1.0)
 
 
 def mu_law_decode(values: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gato_lib import domains, episodes, files
-from gato_lib.episodes import DataError
+from gato_lib.episodes import DataError, Episode
 
 
 def spaces(task):
@@ -19,14 +19,14 @@ def spaces(task):
 
 
 def assert_same(a, b):
-    for key, value in episodes.flatten(a.observations).items():
-        other = episodes.flatten(b.observations)[key]
-        if isinstance(value, list):
-            assert value == other
-        else:
-            np.testing.assert_array_equal(value, other)
-    for name in ("actions", "executed", "rewards"):
-        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    for name in ("observations", "actions", "executed", "rewards"):
+        one, other = (episodes.flatten(getattr(x, name)) for x in (a, b))
+        assert list(one) == list(other)
+        for key, value in one.items():
+            if isinstance(value, list):
+                assert value == other[key]
+            else:
+                np.testing.assert_array_equal(value, other[key])
     assert (a.task, a.success, a.seed) == (b.task, b.success, b.seed)
 
 
@@ -41,6 +41,60 @@ def test_shard_and_minari_are_lossless(tmp_path, demonstrations, task):
     for a, b in zip(written, back, strict=True):
         assert_same(a, b)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.npz", "set"]  # nothing left over
+
+
+@pytest.fixture
+def nested():
+    """Three steps with a tuple in the observation and in the action, and their spaces."""
+    spaces = gym.spaces
+    observation_space = spaces.Dict(
+        {
+            "words": spaces.Text(9),
+            "pair": spaces.Tuple(
+                [spaces.Discrete(4, start=2), spaces.Box(-1, 1, (2,), np.float64)]
+            ),
+        }
+    )
+    action_space = spaces.Tuple([spaces.Discrete(2), spaces.Box(-1, 1, (1,), np.float32)])
+    actions = (np.array([0, 1, 1]), np.zeros((3, 1), np.float32))
+    observations = {
+        "words": ["go", "on", "", "stop"],
+        "pair": (np.array([2, 3, 4, 5]), np.linspace(-1, 1, 8).reshape(4, 2)),
+    }
+    episode = Episode("t/x", observations, actions, actions, np.arange(3.0), True, 7)
+    return episode, observation_space, action_space
+
+
+def test_nested_episodes_are_stored_and_checked(tmp_path, nested):
+    episode, *both = nested
+    assert episode.steps == 3
+    episodes.validate(episode, *both, "here")
+    episodes.write_shard(tmp_path / "0.npz", episode)
+    back = episodes.read_shard(tmp_path / "0.npz")
+    assert_same(back, episode)
+    assert isinstance(back.observations["pair"], tuple) and isinstance(back.actions, tuple)
+    one = episodes.select(episode.observations, 1)
+    assert one["words"] == "on" and one["pair"][0] == 3
+    assert both[0].contains({**one, "pair": (np.int64(3), one["pair"][1])})
+    with pytest.raises(
+        DataError, match="observations/pair/\\[0\\] spans \\[1, 5\\], expected \\[2, 5\\]"
+    ):
+        bad = episode.observations | {"pair": (np.array([2, 1, 4, 5]), np.zeros((4, 2)))}
+        episodes.validate(dataclasses.replace(episode, observations=bad), *both, "here")
+    with pytest.raises(DataError, match="observations/pair is 1 parts, expected a tuple of 2"):
+        bad = episode.observations | {"pair": (np.array([2, 3, 4, 5]),)}
+        episodes.validate(dataclasses.replace(episode, observations=bad), *both, "here")
+    with pytest.raises(DataError, match="act: observation is dict, expected a tuple"):
+        episodes.check_observation({}, both[0]["pair"], "act")
+
+
+def test_minari_keeps_nested_episodes(tmp_path, nested):
+    episode, *both = nested
+    executed = (1 - episode.actions[0], episode.actions[1] + np.float32(0.5))
+    episode = dataclasses.replace(episode, executed=executed)
+    episodes.write_minari(tmp_path / "set", [episode], *both, {"task": "t/x"})
+    (back,), _ = episodes.read_minari(tmp_path / "set")
+    assert_same(back, episode)
 
 
 def test_minari_itself_reads_the_set(tmp_path, demonstrations):

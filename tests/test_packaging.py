@@ -161,7 +161,7 @@ def test_what_presets_publish():
     published = {preset: driver.load_publishes(preset) for preset in PRESETS}
     assert {preset for preset, patterns in published.items() if patterns} == {"laptop", "ablation"}
     assert "notebooks" in published["laptop"] and "notebooks" not in published["ablation"]
-    rows = pathlib.PurePath("results/ablation_value_rows.csv")
+    rows = pathlib.PurePath("results/16_ablations.csv")
     assert [p for p in published["laptop"] if rows.match(p)] == []
     assert [p for p in published["ablation"] if rows.match(p)] == [str(rows)]
 
@@ -171,7 +171,7 @@ def test_what_presets_publish():
     ("variables", "expected"),
     [
         ([], '--preset "laptop" --publish'),
-        (["PRESET=ablation"], '--preset "ablation" --notebook 04_training --publish'),
+        (["PRESET=ablation"], '--preset "ablation" --notebook 16_ablations --publish'),
         (["PRESET=x", "NOTEBOOK=a b"], '--preset "x" --notebook a --notebook b --publish'),
     ],
 )

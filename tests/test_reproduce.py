@@ -21,7 +21,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 def command(runs: pathlib.Path) -> list[str]:
     """Smoke run of the training notebook, long enough to be killed in the middle."""
-    settings = ("steps=400", "save_every=50", "ablation_steps=0")
+    settings = ("steps=400", "save_every=50")
     return [
         sys.executable,
         str(REPOSITORY / "experiments" / "run.py"),

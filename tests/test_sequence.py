@@ -5,10 +5,13 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from gato_lib import sequence as sq
 from gato_lib import tokenizers as tk
-from gato_lib.episodes import Episode
+from gato_lib.episodes import Document, Episode, select, stack_observations
 
 SPACE = gym.spaces.Dict(
     {
@@ -190,13 +193,245 @@ def test_too_many_observation_tokens_are_refused():
         sq.Tokenizer(space, gym.spaces.Discrete(2)).episode(episode)
 
 
-def test_spaces_are_recognised():
+BOX = gym.spaces.Box
+
+
+@pytest.mark.parametrize(
+    ("space", "kind"),
+    [
+        (gym.spaces.Discrete(7), sq.DISCRETE),
+        (gym.spaces.Discrete(1024), sq.DISCRETE),
+        (gym.spaces.MultiDiscrete([3, 4]), sq.DISCRETE),
+        (gym.spaces.MultiBinary(6), sq.DISCRETE),
+        (gym.spaces.Text(5), sq.TEXT),
+        (BOX(-1, 1, (3,), np.float32), sq.CONTINUOUS),
+        (BOX(-np.inf, np.inf, (3, 2), np.float64), sq.CONTINUOUS),
+        (BOX(0, 1, (64, 64, 3), np.float32), sq.CONTINUOUS),  # not bytes, so no picture
+        (BOX(0, 255, (64, 64, 3), np.uint8), sq.IMAGE),
+        (BOX(0, 255, (210, 160, 3), np.uint8), sq.IMAGE),
+        (BOX(0, 255, (64, 64, 1), np.uint8), sq.IMAGE),
+        (BOX(0, 255, (3, 64, 64), np.uint8), sq.IMAGE),
+        (BOX(0, 255, (210, 160), np.uint8), sq.IMAGE),
+        (BOX(0, 255, (7, 7, 3), np.uint8), sq.DISCRETE),  # raw MiniGrid: symbols, not a picture
+        (BOX(0, 255, (128,), np.uint8), sq.DISCRETE),  # Atari's memory
+        (BOX(-500, 523, (2,), np.int64), sq.DISCRETE),
+        (BOX(-500, 524, (2,), np.int64), sq.CONTINUOUS),  # 1,025 values
+        (BOX(np.iinfo(np.int64).min, np.iinfo(np.int64).max, (2,), np.int64), sq.CONTINUOUS),
+        (BOX(0, 1, (2,), bool), sq.DISCRETE),
+    ],
+    ids=str,
+)
+def test_spaces_are_recognised(space, kind):
+    assert sq.space_kind(space) == kind
+
+
+def test_any_space_of_strings_is_text_and_is_not_disturbed():
     from minigrid.core.mission import MissionSpace
 
-    assert sq.space_kind(MissionSpace(lambda: "go")) == sq.TEXT  # no gymnasium Text space
-    assert sq.space_kind(gym.spaces.MultiDiscrete([3, 4])) == sq.DISCRETE
-    assert sq.space_kind(gym.spaces.Box(0, 1, (64, 64, 3), np.float32)) == sq.CONTINUOUS
-    assert sq.space_kind(gym.spaces.Box(0, 255, (64, 64, 1), np.uint8)) == sq.IMAGE
+    space = MissionSpace(lambda color: f"go to the {color}", [["red", "blue", "green"]])  # no Text
+    space.seed(0)
+    expected = [space.sample() for _ in range(4)]
+    space.seed(0)
+    assert sq.space_kind(space) == sq.TEXT
+    assert [space.sample() for _ in range(4)] == expected
+
+
+def test_spaces_without_a_rule_are_refused():
+    for space in (gym.spaces.Sequence(gym.spaces.Discrete(2)), gym.spaces.Graph(BOX(0, 1), None)):
+        with pytest.raises(TypeError, match="no tokens for the space"):
+            sq.space_kind(space)
+    with pytest.raises(TypeError, match="1025 values, discrete tokens have 1024"):
+        sq.space_kind(gym.spaces.MultiDiscrete([3, 1025]))
+    bad = gym.spaces.Dict({"a/b": gym.spaces.Discrete(2)})
+    with pytest.raises(ValueError, match="key 'a/b': keys are strings without '/'"):
+        sq.Tokenizer(bad, ACTIONS).steps([{"a/b": 1}], np.zeros((1, 2), int))
+
+
+def test_nested_observations_by_hand():
+    """Keys in lexicographic order, a tuple's parts in theirs; row-major; values from the lowest."""
+    inner = gym.spaces.Dict({"z": gym.spaces.Discrete(3, start=-1), "Z": gym.spaces.MultiBinary(2)})
+    space = gym.spaces.Dict(
+        {
+            "b": gym.spaces.Tuple(
+                [gym.spaces.MultiDiscrete([[5, 5], [5, 5]], start=[[0, 0], [0, 1]]), *[inner] * 10]
+            ),
+            "a": BOX(-3, 4, (2,), np.int32),
+            "B": BOX(-1, 1, (1, 2), np.float32),
+        }
+    )
+    parts = [{"z": i % 3 - 1, "Z": np.array([0, 1], np.int8)} for i in range(10)]
+    observation = {
+        "b": (np.array([[4, 3], [2, 1]]), *parts),
+        "a": np.array([-3, 4], np.int32),
+        "B": np.array([[0.0, 1.0]], np.float32),
+    }
+    tokens = sq.Tokenizer(space, gym.spaces.Discrete(2)).steps([observation], np.array([[1]]))
+    # "B" < "a" < "b" and "Z" < "z": upper case first. Part 10 comes after part 9, not after part 1.
+    expected = [32512, 32744, 0, 7, 4, 3, 2, 0]
+    for i in range(10):
+        expected += [0, 1, i % 3]
+    assert tokens.ids.tolist() == [*expected, 33024, 1]
+    assert tokens.local.tolist() == [*range(38), -1, 512]
+
+
+def test_discrete_values_in_a_range_of_their_own(episode):
+    tokens = sq.Tokenizer(SPACE, gym.spaces.Discrete(4), TwoWords(), "own").steps(
+        [select(episode.observations, 0)], np.array([[33025 + 2]])
+    )
+    assert tokens.ids.tolist() == [33028, 0, 0, 32512, 32744, 700, 33024, 33027]
+
+
+@pytest.mark.parametrize(
+    ("space", "action", "ids", "ranges"),
+    [
+        (gym.spaces.Discrete(3, start=5), 7, [2], [[0, 3]]),
+        (
+            gym.spaces.MultiDiscrete([[2, 3], [4, 5]]),
+            np.array([[1, 2], [3, 4]]),
+            [1, 2, 3, 4],
+            [[0, 2], [0, 3], [0, 4], [0, 5]],
+        ),
+        (gym.spaces.MultiBinary(2), np.array([1, 0], np.int8), [1, 0], [[0, 2], [0, 2]]),
+        (BOX(-2, 1, (1,), np.int32), np.array([-1], np.int32), [1], [[0, 4]]),
+        (
+            gym.spaces.Dict(
+                {"b": gym.spaces.Discrete(9), "a": gym.spaces.Tuple([BOX(-1, 1, (1,), np.float32)])}
+            ),
+            {"a": (np.array([1 / 1024], np.float32),), "b": 8},
+            [32512, 8],
+            [[32000, 33024], [0, 9]],
+        ),
+    ],
+    ids=str,
+)
+def test_action_spaces_by_hand(space, action, ids, ranges):
+    spec = sq.ActionSpec(space)
+    assert spec.legal_ids.tolist() == ranges and spec.num_tokens == len(ids)
+    encoded = spec.encode(stack_observations([action]))
+    assert encoded.tolist() == [ids]
+    decoded = spec.decode(encoded[0])
+    assert space.contains(decoded)
+    assert str(decoded) == str(action)  # equal, and of the same types
+    with pytest.raises(ValueError, match="legal are"):
+        spec.decode(np.array(ids) + 1024)
+
+
+def test_actions_with_other_keys_are_refused():
+    spec = sq.ActionSpec(gym.spaces.Dict({"a": gym.spaces.Discrete(2)}))
+    with pytest.raises(ValueError, match=r"action keys \['b'\], expected \['a'\]"):
+        spec.encode({"b": np.array([1])})
+
+
+THOROUGH = settings(
+    max_examples=10_000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    database=None,
+)
+
+
+@THOROUGH
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float32, np.float64]),
+        st.tuples(st.integers(1, 3), st.integers(1, 4)),
+        elements=st.floats(-1, 1, width=32),
+    ),
+    st.floats(-1e6, 1e6),
+    st.floats(1e-3, 1e6),
+)
+def test_continuous_actions_round_trip(unit, low, size):
+    high = low + size
+    space = BOX(low, high, unit.shape[1:], np.float64)
+    spec = sq.ActionSpec(space)
+    actions = np.clip(low + (unit.astype(np.float64) + 1) / 2 * size, low, high)
+    ids = spec.encode(actions)
+    assert ((ids >= 32000) & (ids < 33024)).all()
+    for action, row in zip(actions, ids, strict=True):
+        back = spec.decode(row)
+        assert space.contains(back)
+        assert np.abs(back - action).max() <= size / 2048 * (1 + 1e-6) + 1e-9 * abs(low)
+
+
+@THOROUGH
+@given(
+    hnp.arrays(
+        np.uint8,
+        st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)).map(
+            lambda x: (x[0], 16 * x[1], 16 * x[2], 3)
+        ),
+        elements=st.integers(0, 255),
+        fill=st.integers(0, 255),
+    )
+)
+def test_images_round_trip(images):
+    """Patches laid out in raster order are the image again, pixel by pixel."""
+    w = images.shape[2]
+    patches = sq.patch_images(images)
+    again = np.zeros_like(images)
+    for i in range(patches.shape[1]):
+        r, c = divmod(i, w // 16)
+        again[:, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16] = patches[:, i]
+    np.testing.assert_array_equal(again, images)
+
+
+def test_images_of_other_sizes_are_enlarged():
+    rng = np.random.default_rng(0)
+    atari = rng.integers(0, 255, (2, 210, 160, 3), dtype=np.uint8)
+    assert sq.as_images(atari).shape == (2, 224, 160, 3)
+    even = np.full((1, 20, 33, 3), 77, np.uint8)
+    enlarged = sq.as_images(even)
+    assert enlarged.shape == (1, 32, 48, 3) and (enlarged == 77).all()
+    exact = atari[:, :208]
+    assert sq.as_images(exact) is exact  # nothing is touched where nothing has to be
+    # A grey picture, and one with channels first, are the picture they stand for.
+    grey = sq.as_images(exact[..., 0], "HW")
+    np.testing.assert_array_equal(grey, np.repeat(exact[..., :1], 3, axis=-1))
+    np.testing.assert_array_equal(sq.as_images(np.moveaxis(exact, -1, 1), "CHW"), exact)
+    # Halves of an image stay halves.
+    half = np.zeros((1, 24, 24, 3), np.uint8)
+    half[:, :, 12:] = 200
+    enlarged = sq.as_images(half)
+    assert (enlarged[..., :14, :] == 0).all() and (enlarged[..., 18:, :] == 200).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 24, 3), (40, 24, 1), (40, 24), (3, 40, 24)])
+def test_image_observations_of_any_layout(shape):
+    space = BOX(0, 255, shape, np.uint8)
+    observations = [space.sample() for _ in range(2)]
+    tokens = sq.Tokenizer(space, gym.spaces.Discrete(2)).steps(observations, np.array([[0], [1]]))
+    assert np.diff(tokens.offsets).tolist() == [6 + 2] * 2  # 48 x 32: three rows of two patches
+    assert (tokens.kinds == sq.IMAGE).sum() == 12
+
+
+def test_documents_by_hand():
+    image = np.zeros((20, 32, 3), np.uint8)
+    image[:, 16:] = 255
+    document = Document(("go stop", image, "go"))
+    tokens = sq.document_tokens(document, TwoWords())
+    assert tokens.ids.tolist() == [700, 701, 0, 0, 0, 0, 700]
+    assert tokens.kinds.tolist() == [sq.TEXT] * 2 + [sq.IMAGE] * 4 + [sq.TEXT]
+    assert tokens.local.tolist() == [-1] * 7
+    assert tokens.patch.tolist() == [-1, -1, *tokens.patch[2:6], -1]
+    assert tokens.loss_mask().tolist() == [True, True, False, False, False, False, True]
+    assert tokens.offsets.tolist() == list(range(8))
+    shown = tokens.patches[tokens.patch[2:6]]
+    assert shown.mean(axis=(1, 2, 3)).tolist() == [0, 255, 0, 255]
+    assert tokens.intervals[3].tolist() == [0, 64, 64, 128]
+    batch = sq.make_batch(tokens, [[(0, 7)], [(2, 5)]], 9, 8, 4)
+    assert batch.target_ids[0][:3].tolist() == [701, 700, 0]  # the first token is never a target
+    assert batch.target_positions[0][:2].tolist() == [0, 5]
+    assert batch.target_weights.sum(axis=1).tolist() == [2, 0]
+    assert sq.count_tokens(batch) == 7 + 3
+
+
+def test_bad_documents_are_refused():
+    with pytest.raises(ValueError, match="at least one item"):
+        sq.document_tokens(Document(()), TwoWords())
+    with pytest.raises(ValueError, match="dtype float64 and shape .* is no image"):
+        sq.document_tokens(Document((np.zeros((16, 16, 3)),)), TwoWords())
+    with pytest.raises(ValueError, match=r"shape \(8, 8, 3\) is no image"):
+        sq.document_tokens(Document((np.zeros((8, 8, 3), np.uint8),)), TwoWords())
 
 
 def test_real_demonstrations(demonstrations):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -97,38 +97,87 @@ def test_discrete_ranges():
         tk.encode_discrete(np.array([0.5]))
 
 
-floats = hnp.arrays(
-    st.sampled_from([np.float32, np.float64]),
-    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
-    elements=st.floats(width=32, allow_nan=False),
+# Ten thousand arrays a codec: any shape, dtype and value, extremes among them.
+THOROUGH = settings(
+    max_examples=10_000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    database=None,
 )
+EXTREMES = [0.0, -0.0, 1.0, -1.0, 256.0, -256.0, np.inf, -np.inf]
+EXTREMES += [float(np.nextafter(np.float32(e), np.float32(d))) for e in (1, -1) for d in (-9, 9)]
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
 
 
-@settings(max_examples=500, deadline=None)
-@given(floats)
-def test_continuous_round_trips(values):
-    for companded in (False, True):
+def floats(dtype):
+    width = np.dtype(dtype).itemsize * 8
+    representable = [float(dtype(e)) for e in EXTREMES]
+    anything = st.floats(width=width, allow_nan=False) | st.sampled_from(representable)
+    return hnp.arrays(dtype, SHAPES, elements=anything | st.floats(-1, 1, width=width))
+
+
+@pytest.mark.parametrize("companded", [False, True], ids=["actions", "observations"])
+def test_continuous_round_trips(companded):
+    encode = tk.mu_law_encode if companded else np.asarray
+
+    @THOROUGH
+    @given(st.sampled_from([np.float16, np.float32, np.float64]).flatmap(floats))
+    def check(values):
         ids = tk.encode_continuous(values, companded=companded)
         assert ids.shape == values.shape and ids.dtype == np.int32
         assert ((ids >= 32000) & (ids < 33024)).all()
         back = tk.decode_continuous(ids, companded=companded)
-        encode = tk.mu_law_encode if companded else np.asarray
         wanted = np.clip(encode(values.astype(np.float64)), -1, 1)
+        # Half a bin in the encoded domain: at most at an edge, below it elsewhere.
         assert np.all(np.abs(encode(back) - wanted) <= 1 / 1024 + 1e-12)
+        np.testing.assert_array_equal(tk.encode_continuous(back, companded=companded), ids)
+
+    check()
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    hnp.arrays(
-        st.sampled_from([np.int8, np.int64, np.uint16]),
-        hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5),
-        elements=st.integers(0, 127),
-    ),
-    st.sampled_from(["shared", "own"]),
-)
-def test_discrete_round_trips(values, discrete_range):
-    ids = tk.encode_discrete(values, discrete_range=discrete_range)
-    np.testing.assert_array_equal(tk.decode_discrete(ids, discrete_range=discrete_range), values)
+INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint64, np.bool_]
+
+
+@pytest.mark.parametrize("discrete_range", ["shared", "own"])
+def test_discrete_round_trips(discrete_range):
+    def integers(dtype):
+        most = 1 if dtype is np.bool_ else min(1023, np.iinfo(dtype).max)
+        elements = st.booleans() if dtype is np.bool_ else st.integers(0, most)
+        return hnp.arrays(dtype, SHAPES, elements=elements)
+
+    @THOROUGH
+    @given(st.sampled_from(INTEGERS).flatmap(integers))
+    def check(values):
+        ids = tk.encode_discrete(values, discrete_range=discrete_range)
+        first = {"shared": 0, "own": 33025}[discrete_range]
+        assert ids.shape == values.shape and ids.dtype == np.int32
+        assert ((ids >= first) & (ids < first + 1024)).all()
+        back = tk.decode_discrete(ids, discrete_range=discrete_range)
+        np.testing.assert_array_equal(back, values.astype(np.int64))
+
+    check()
+
+
+@THOROUGH
+@given(hnp.arrays(st.sampled_from([np.int64, np.int16]), SHAPES, elements=st.integers(-3000, 3000)))
+def test_discrete_values_outside_the_range_are_refused(values):
+    if values.size and (values.min() < 0 or values.max() > 1023):
+        with pytest.raises(ValueError, match=r"outside \[0, 1024\)"):
+            tk.encode_discrete(values)
+    else:
+        assert tk.encode_discrete(values).tolist() == values.tolist()
+
+
+def test_text_round_trips():
+    text = tk.TextTokenizer()
+
+    @THOROUGH
+    @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+    def check(string):
+        ids = text.encode(string)
+        assert text.decode(ids) == string and all(0 <= i < 32000 for i in ids)
+
+    check()
 
 
 def test_vendored_text_model_is_lossless_and_fits_the_ids():

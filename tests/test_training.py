@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 
+import gymnasium as gym
 import jax
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from gato_lib import tokenizers as tk
 from gato_lib.agent import Agent, History
 from gato_lib.checkpoint import Checkpointer
 from gato_lib.config import ConfigError, DataConfig, TrainConfig, model_config
-from gato_lib.episodes import DataError
+from gato_lib.episodes import DataError, Episode, select, stack_observations, validate
 from gato_lib.mixture import Mixture, build_group
 from gato_lib.training import initial_state, train
 
@@ -85,6 +86,11 @@ def test_batch_number_is_all_it_takes(mixture, groups):
     assert any(
         not np.array_equal(a.ids, b.ids)
         for (_, a), (_, b) in ((mixture[i], different[i]) for i in range(4))
+    )
+    # The training run's own seed: other batches of the same data.
+    reseeded = itertools.islice(mixture.iterate(0, seed=1), 6)
+    assert any(
+        not np.array_equal(a.ids, b.ids) for (_, a), (_, b) in zip(straight, reseeded, strict=True)
     )
 
 
@@ -243,6 +249,60 @@ def test_actions_are_legal_and_do_not_depend_on_the_batch(agent):
         np.testing.assert_array_equal(alone.action_ids[0], together[1].action_ids[0])
 
 
+class AnySpaces:
+    """Stands for an environment nobody wrote code for: every kind of space, nested."""
+
+    observation_space = gym.spaces.Dict(
+        {
+            "camera": gym.spaces.Box(0, 255, (20, 16, 3), np.uint8),
+            "arm": gym.spaces.Tuple(
+                [gym.spaces.Box(-9, 9, (3,), np.float32), gym.spaces.MultiBinary(2)]
+            ),
+            "words": gym.spaces.Text(8, charset="abc"),
+            "where": gym.spaces.MultiDiscrete([4, 5], start=[-2, 0]),
+        }
+    )
+    action_space = gym.spaces.Dict(
+        {
+            "move": gym.spaces.Box(-2, 3, (2,), np.float32),
+            "button": gym.spaces.MultiDiscrete([3, 2]),
+            "hold": gym.spaces.Discrete(2, start=1),
+        }
+    )
+
+
+@pytest.mark.parametrize("discrete_range", ["shared", "own"])
+def test_any_gymnasium_spaces_train_and_act(text, discrete_range):
+    """Random episodes of every kind of space: tokens, updates, and legal actions."""
+    observations, actions = AnySpaces.observation_space, AnySpaces.action_space
+    observations.seed(0), actions.seed(0)
+    recorded = [stack_observations([s.sample() for _ in range(5)]) for s in (observations, actions)]
+    four = stack_observations([actions.sample() for _ in range(4)])
+    episode = Episode("t/x", recorded[0], four, four, np.zeros(4), True, 0)
+    validate(episode, observations, actions, "here")
+    network = dataclasses.replace(NETWORK, discrete_range=discrete_range)
+    tokenizer = sq.Tokenizer(observations, actions, text, discrete_range)
+    tokens = tokenizer.episode(episode)
+    for step, ids in enumerate(tokenizer.action_spec.encode(four)):
+        assert tokens.ids[tokens.offsets[step + 1] - 5 : tokens.offsets[step + 1]].tolist() == [
+            *ids
+        ]
+    own = (tokens.ids >= 33025).sum()
+    assert own == (4 * (2 + 2 + 3) if discrete_range == "own" else 0)
+    group = build_group("t", {"t/x": [tokens]}, dataclasses.replace(DATA, context_length=60))
+    mixture = Mixture([group], dataclasses.replace(DATA, discrete_range=discrete_range))
+    metrics, params = last(train(network, FIT, mixture))
+    assert metrics.loss["t"] < 12
+    agent = Agent(network, jax.tree.map(np.asarray, params), text, 60, continuous="mean")
+    history = History(0)
+    for step in range(4):
+        history.observations.append(select(recorded[0], step))
+        (action,) = agent.act(tokenizer, [history])
+        assert actions.contains(action), action
+        low, high = tokenizer.action_spec.legal_ids.T
+        assert ((history.action_ids[-1] >= low) & (history.action_ids[-1] < high)).all()
+
+
 def test_acting_equals_the_training_forward_pass(text, demonstrations):
     """Greedy ids are the argmax over legal ids of logits from a batch made as in training."""
     from gato_lib.training import graph_of, merge
@@ -255,8 +315,6 @@ def test_acting_equals_the_training_forward_pass(text, demonstrations):
         tokenizer = agent.tokenizer(env)
         history = History(0)
         episode = episodes[0]
-        from gato_lib.episodes import select
-
         for step in range(min(5, episode.steps)):
             history.observations.append(select(episode.observations, step))
             agent.act(tokenizer, [history])

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from gato_lib import domains, results, workbook
-from gato_lib.config import ConfigError, DataConfig, TrainConfig
-from gato_lib.workbook import Run, duration, select_tasks
+from gato_lib.config import ConfigError, DataConfig, TrainConfig, model_config
+from gato_lib.workbook import Run, Trial, duration, select_tasks
 
 
 def test_select_tasks():
@@ -44,6 +44,34 @@ def test_a_tiny_agent_is_trained_found_and_loaded(tmp_path, monkeypatch):
     assert workbook.trained_on(folder).tasks == workbook.SMALL_TASKS
     monkeypatch.setattr(workbook, "train", None)  # a second call must not train
     assert workbook.tiny_agent(run, "g", 0) == folder
+
+
+@pytest.mark.slow
+def test_trials_side_by_side_equal_trials_in_turn(tmp_path):
+    network = model_config("w64d2", text_rows=1024, stochastic_depth=0.0)
+    data = DataConfig(
+        tasks=("metaworld/drawer-close",),
+        episodes=(("metaworld", 2),),
+        context_length=88,
+        batch_tokens=352,
+        vocabulary_size=1024,
+    )
+    trials = [
+        Trial(
+            f"t{seed}", network, TrainConfig(steps=4, warmup_steps=1, seed=seed), data, episodes=1
+        )
+        for seed in range(3)
+    ]
+    outcomes = {}
+    for workers in (1, 2):
+        run = Run(tmp_path / str(workers), "smoke")
+        for trial, metrics, played in workbook.run_trials(run, trials, workers):
+            outcomes[workers, trial.name] = metrics.loss.tolist(), len(played)
+    for trial in trials:
+        (one, played), (two, _) = outcomes[1, trial.name], outcomes[2, trial.name]
+        assert one == pytest.approx(two, rel=1e-5)  # a core each sums in another order than two
+        assert played == 1
+    assert len({tuple(outcomes[1, t.name][0]) for t in trials}) == 3, "seeds differ"
 
 
 def test_rows_are_tidy(tmp_path):
