@@ -77,10 +77,13 @@ def scale_pixels(patches: UInt8[Array, "Q 16 16 3"]) -> Float[Array, "Q 16 16 3"
 class PatchEmbedder(nnx.Module):
     """One pre-activation ("v2") residual block with GroupNorm and GELU, per 16 x 16 patch.
 
-    A 3 x 3 root convolution halves the patch to 8 x 8, the block halves it to 4 x 4, and a 2 x 2
-    average leaves 2 x 2 x 64 values for the final projection. 64 channels are the fewest for which
-    32 groups (App. C.2) are more than one channel each. About 0.1M parameters and 256 a unit of
-    width: the published totals leave room for little more. The same at every model size.
+    The paper draws the block (App. C.2) and leaves its sizes open. Ours follow from the patch:
+    with 32 groups, 64 channels are the fewest that leave a group more than one; a 3 x 3 root
+    convolution halves the patch to 8 x 8 and the block halves it to 4 x 4, as every patch of
+    every frame pays for the resolution; a 2 x 2 average keeps 2 x 2 x 64 values, so that where in
+    the patch something is reaches the final projection. That is 0.1M parameters and 256 a unit of
+    width, the same at every model size but for that projection. The published totals, which it
+    was not fitted to, have room for it.
     """
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):

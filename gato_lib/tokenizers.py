@@ -151,8 +151,11 @@ def train_text_tokenizer(
     """Train a lossless SentencePiece BPE (identity normalisation, byte fallback) and write it.
 
     The model may hold fewer pieces than asked for where the text has no more. The file appears
-    whole or not at all. Raises ValueError where there is no text.
+    whole or not at all. Raises ValueError where there is no text, or where `vocabulary_size` is not
+    300 (256 bytes and some text) to 32,000.
     """
+    if not 300 <= vocabulary_size <= TEXT_IDS:
+        raise ValueError(f"vocabulary_size is {vocabulary_size}, expected 300 to {TEXT_IDS}")
     texts = sorted({t for t in texts if t})
     if not texts:
         raise ValueError("no text to train a tokenizer on")
@@ -167,6 +170,7 @@ def train_text_tokenizer(
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
+        max_sentence_length=1 << 30,  # longer texts would be left out without a word
         num_threads=1,
         minloglevel=2,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -203,6 +205,20 @@ def test_trained_text_model(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.model", "b.model"]
     with pytest.raises(ValueError, match="no text"):
         tk.train_text_tokenizer([], tmp_path / "c.model", 400)
+
+
+def test_a_text_model_of_any_size(tmp_path):
+    """One long text, lines and all: what it repeats becomes pieces."""
+    licence = (pathlib.Path(__file__).parent.parent / "LICENSE").read_text()
+    assert len(licence) > 10_000  # longer than what SentencePiece would skip
+    text = tk.train_text_tokenizer([licence], tmp_path / "t.model", 1500)
+    assert text.size == 1500 and text.decode(text.encode(licence)) == licence
+    pieces = {text.piece(i) for i in text.encode("the Licensed Work")}
+    assert "▁the" in pieces and len(text.encode(licence)) < len(licence) / 3
+    for size in (299, 32_001):
+        with pytest.raises(ValueError, match=f"vocabulary_size is {size}, expected 300 to 32000"):
+            tk.train_text_tokenizer([licence], tmp_path / "no.model", size)
+    assert [p.name for p in tmp_path.iterdir()] == ["t.model"]
 
 
 def test_foreign_text_model_is_refused(tmp_path):
