@@ -86,8 +86,8 @@ class ModelConfig(_Config):
         key/value size (Table 5).
       mlp_dim: Table 5's feed-forward "hidden size". It counts both halves of the GEGLU: a
         projection to `mlp_dim`, split into `mlp_dim / 2` gates and as many values. This reading,
-        with tied embeddings and one relative-position projection a layer, is the one that meets
-        all three published parameter totals.
+        with tied embeddings and one relative-position projection a layer, is the only one of those
+        counted in notebook 03 that comes within 1 % of all three published totals.
       text_rows: rows of the lookup table kept for text ids `[0, text_rows)`. The ids are always
         the paper's (`tokenizers`); a small preset with a small SentencePiece keeps fewer rows.
       discrete_range: "shared" lets discrete values use text ids [0, 1024), by the letter of the
@@ -104,7 +104,8 @@ class ModelConfig(_Config):
       tied: whether the lookup table is also the output projection.
       attention: implementation of attention; `attention.py` says what each supports.
       scan_layers: compile one block and scan over depth, instead of unrolling.
-      remat: compute a block's activations again in the backward pass instead of keeping them.
+      remat: compute a block's activations again in the backward pass instead of keeping them. Use
+        it with `scan_layers`: unrolled it costs time and, on a CPU, saves nothing (notebook 03).
       compute_dtype: dtype of activations and matrix products; parameters are float32.
 
     `attention`, `scan_layers` and `remat` change speed and memory, never parameters or results.

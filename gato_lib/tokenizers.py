@@ -7,8 +7,8 @@
     [32000, 33024)      continuous values, 1,024 uniform bins on [-1, 1]
     33024               the separator '|' between observation and action
 
-The paper gives no id for the separator and says that discrete values use [0, 1024); the published
-parameter totals leave no room for a range of their own (README, Deviations).
+The paper gives no id for the separator and says that discrete values use [0, 1024). Its parameter
+totals would allow them a range of their own as well (notebook 03; README, Deviations).
 """
 
 from __future__ import annotations

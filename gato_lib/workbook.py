@@ -434,6 +434,7 @@ def run_trials(
 
 
 def _run_quietly(run: Run, trial: Trial) -> tuple[pd.DataFrame, pd.DataFrame]:
+    jax.clear_caches()  # what the worker's last trial compiled is not wanted again
     with contextlib.redirect_stdout(io.StringIO()):
         return run_trial(run, trial)
 
