@@ -13,7 +13,9 @@ keys j <= i, and differ in speed and in what they can run on (`ModelConfig.atten
                            Pallas' kernel (TPU)                head_dim a multiple of 8
     auto         any       blocked on a CPU, else dot_product
 
-Splash attention, the newer TPU kernel, takes no bias and so cannot hold the relative term.
+The TPU kernel is tested in interpret mode only, and nothing has been run on a GPU yet; there,
+"flash" rounds the relative term to bfloat16. Splash attention, the newer TPU kernel, takes no bias
+and so cannot hold that term.
 """
 
 from __future__ import annotations
@@ -105,8 +107,8 @@ def _rows(q, q_distance, k, v, r, last):
 
 
 def _bias(q_distance, r) -> Float[Array, "B N T T"]:
-    """The relative term as an additive bias, already scaled."""
-    by_distance = jnp.einsum("BTNH,SNH->BNTS", q_distance, r)
+    """The relative term as an additive bias, already scaled, float32."""
+    by_distance = jnp.einsum("BTNH,SNH->BNTS", q_distance, r, preferred_element_type=jnp.float32)
     return relative_shift(by_distance) * q_distance.shape[-1] ** -0.5
 
 
@@ -116,6 +118,8 @@ def _flash(q, q_distance, k, v, r, backend):
         raise ConfigError(f"attention 'flash' needs a GPU or TPU, this is a {backend}")
     if backend == "gpu" and q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ConfigError("attention 'flash' on a GPU needs compute_dtype 'bfloat16'")
+    if backend == "gpu" and q.shape[-1] % 8:
+        raise ConfigError(f"attention 'flash' on a GPU: head_dim {q.shape[-1]} is no multiple of 8")
     t, h = q.shape[1], q.shape[-1]
     multiple = 128 if backend == "tpu" else 2
     padding = -t % multiple
@@ -125,6 +129,7 @@ def _flash(q, q_distance, k, v, r, backend):
         bias = jnp.pad(_bias(q_distance, r), ((0, 0), (0, 0), (0, padding), (0, padding)))
     q, k, v = pad(q), pad(k), pad(v)
     if backend == "gpu":
+        bias = None if bias is None else bias.astype(q.dtype)  # cuDNN wants one dtype
         y = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
     else:
         from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention

@@ -147,12 +147,11 @@ def rollout(env, expert, task: str, seed: int, noise: float, rng: np.random.Gene
         success = success or bool(info.get("success", terminated and reward > 0))
         if terminated or truncated:
             break
-    dtype = env.action_space.dtype
     return Episode(
         task=task,
         observations=stack_observations(observations),
-        actions=np.asarray(actions, dtype),
-        executed=np.asarray(executed, dtype),
+        actions=stack_observations(actions, env.action_space),
+        executed=stack_observations(executed, env.action_space),
         rewards=np.asarray(rewards, np.float64),
         success=success,
         seed=seed,

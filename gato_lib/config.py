@@ -108,7 +108,8 @@ class ModelConfig(_Config):
         it with `scan_layers`: unrolled it costs time and, on a CPU, saves nothing (notebook 03).
       compute_dtype: dtype of activations and matrix products; parameters are float32.
 
-    `attention`, `scan_layers` and `remat` change speed and memory, never parameters or results.
+    `attention`, `scan_layers` and `remat` change speed and memory, never parameters, and results by
+    no more than rounding. A run's name is made of all settings, of these too.
     """
 
     depth: int
@@ -218,6 +219,7 @@ class DataConfig(_Config):
         self._require(self.context_length > 0, "context_length must be positive")
         self._require(self.batch_tokens > 0, "batch_tokens must be positive")
         _one_of(self, "discrete_range", ("shared", "own"))
+        self._require(self.seed >= 0, "seed must be >= 0")
         self._require(0 <= self.prompt_fraction <= 1, "prompt_fraction must lie in [0, 1]")
         self._require(
             300 <= self.vocabulary_size <= 32_000,
@@ -252,6 +254,7 @@ class TrainConfig(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.steps > 0, "steps must be positive")
+        self._require(self.seed >= 0, "seed must be >= 0")
         self._require(
             0 <= self.warmup_steps < self.steps,
             f"warmup_steps {self.warmup_steps} must be below steps {self.steps}",

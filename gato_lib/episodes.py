@@ -65,7 +65,7 @@ class Document:
     """Text and images in reading order: a page, a captioned image, a question and its answer.
 
     Attributes:
-      items: strings, and uint8 images (H, W, 3) or (H, W).
+      items: strings, and uint8 images (H, W, 3), (H, W, 1) or (H, W) of any size.
     """
 
     items: tuple[str | np.ndarray, ...]
@@ -75,16 +75,19 @@ def children(tree: Any) -> list[tuple[str, Any]] | None:
     """Names and parts of a nested value or space; None for a leaf.
 
     Dict keys come in lexicographic order (2.1), a tuple's parts in theirs, named "[0]", "[1]", ...
-    Raises ValueError for a key with a '/', which joins the keys of a path.
+    Raises ValueError for a key that is empty or has a '/', which joins the keys of a path, and for
+    an empty Dict or Tuple.
     """
     if isinstance(tree, gym.spaces.Dict | gym.spaces.Tuple):
         tree = tree.spaces
+    if isinstance(tree, dict | tuple) and not tree:
+        raise ValueError("an empty Dict or Tuple has no values to store or tokenize")
     if isinstance(tree, tuple):
         return [(f"[{i}]", part) for i, part in enumerate(tree)]
     if not isinstance(tree, dict):
         return None
     for key in tree:
-        if not isinstance(key, str) or "/" in key or key.startswith("["):
+        if not isinstance(key, str) or not key or "/" in key or key.startswith("["):
             raise ValueError(f"key {key!r}: keys are strings without '/' and a leading '['")
     return sorted(tree.items())
 
@@ -100,16 +103,21 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def stack_observations(observations: Sequence[Any]) -> Nested:
-    """A list of single observations to nested leaves with a leading time axis."""
+def stack_observations(observations: Sequence[Any], space: gym.Space | None = None) -> Nested:
+    """A list of single observations to nested leaves with a leading time axis.
+
+    With `space` (of observations or actions) leaves get its dtypes.
+    """
     first = observations[0]
+    inner = (lambda k: space[k]) if space is not None else (lambda k: None)
     if isinstance(first, dict):
-        return {k: stack_observations([o[k] for o in observations]) for k in first}
+        return {k: stack_observations([o[k] for o in observations], inner(k)) for k in first}
     if isinstance(first, tuple):
-        return tuple(stack_observations(part) for part in zip(*observations, strict=True))
+        parts = enumerate(zip(*observations, strict=True))
+        return tuple(stack_observations(part, inner(i)) for i, part in parts)
     if isinstance(first, str):
         return list(observations)
-    return np.stack([np.asarray(o) for o in observations])
+    return np.stack([np.asarray(o, None if space is None else space.dtype) for o in observations])
 
 
 def select(tree: Nested, step: int) -> Any:
@@ -175,12 +183,38 @@ def _check_leaves(tree: Nested, space: gym.Space, length: int, where: str, key: 
         if len(tree) != length:
             raise DataError(f"{where}: {key} has length {len(tree)}, expected {length}")
     else:
+        if space.shape is None:
+            raise DataError(f"{where}: {key}: no rule for the space {space}")
         _check_array(tree, (length, *space.shape), space.dtype, where, key)
-        if isinstance(space, gym.spaces.Discrete) and length:
-            low, high = space.start, space.start + space.n - 1
-            if tree.min() < low or tree.max() > high:
-                text = f"spans [{tree.min()}, {tree.max()}], expected [{low}, {high}]"
+        bounds = discrete_bounds(space)
+        if bounds is not None and length:
+            values = np.asarray(tree).reshape(length, -1).astype(np.float64)
+            wrong = (values < bounds[0]) | (values > bounds[1])
+            if wrong.any():
+                step, i = np.argwhere(wrong)[0]
+                text = f"is {values[step, i]:.0f} at step {step}, expected "
+                text += f"[{bounds[0][i]:.0f}, {bounds[1][i]:.0f}]"
                 raise DataError(f"{where}: {key} {text}")
+
+
+def discrete_bounds(space: gym.Space) -> tuple[np.ndarray, np.ndarray] | None:
+    """Lowest and highest value of each element of a space of whole numbers, float64 (n,) each.
+
+    None for other spaces.
+    """
+    spaces = gym.spaces
+    if isinstance(space, spaces.Discrete):
+        low, count = np.array([space.start]), np.array([space.n])
+    elif isinstance(space, spaces.MultiDiscrete):
+        low, count = space.start.ravel(), space.nvec.ravel()
+    elif isinstance(space, spaces.MultiBinary):
+        low, count = np.zeros(int(np.prod(space.shape, dtype=int))), 2
+    elif isinstance(space, spaces.Box) and space.dtype.kind in "iub":
+        return space.low.ravel().astype(np.float64), space.high.ravel().astype(np.float64)
+    else:
+        return None
+    low = low.astype(np.float64)
+    return low, low + count - 1
 
 
 def _check_array(
@@ -304,6 +338,9 @@ def write_minari(
     from minari.dataset.minari_storage import MinariStorage
 
     folder = pathlib.Path(folder)
+    for key, space in (flatten(observation_space) | flatten(action_space)).items():
+        if 0 in (space.shape or ()):
+            raise DataError(f"{folder}: {key!r} has shape {space.shape}, Minari cannot store that")
     buffers = [
         EpisodeBuffer(
             id=i,
@@ -347,7 +384,7 @@ def write_minari(
 
 def _executed_key(key: str) -> str:
     """Minari's info for a leaf of the executed action: "executed", or "executed:" and its path."""
-    return "executed" + (f":{key.replace('/', '.')}" if key else "")
+    return f"executed:{key}" if key else "executed"
 
 
 def read_minari(folder: str | os.PathLike) -> tuple[list[Episode], dict[str, Any]]:

@@ -30,7 +30,15 @@ import numpy as np
 import PIL.Image
 
 from gato_lib import tokenizers
-from gato_lib.episodes import Document, Episode, children, flatten, is_text, stack_observations
+from gato_lib.episodes import (
+    Document,
+    Episode,
+    children,
+    discrete_bounds,
+    flatten,
+    is_text,
+    stack_observations,
+)
 
 PATCH = 16
 PATCH_LEVELS = 128  # App. C.3: patch intervals are quantised to 128 levels an axis
@@ -50,9 +58,10 @@ def space_kind(space: gym.Space) -> int:
     """TEXT, IMAGE, DISCRETE or CONTINUOUS for a leaf space.
 
     A uint8 Box that is laid out as an image (`image_layout`) is one. Other spaces of whole numbers
-    are discrete where at most 1,024 values are possible, counted from the lowest; with more, or
-    without bounds, they are continuous. Any space whose samples are strings is text. Raises
-    TypeError for a space that there is no rule for.
+    are discrete where at most 1,024 values are possible, counted from the lowest; a Box with more,
+    or without bounds, is continuous. Any space whose samples are strings is text. Raises TypeError
+    for a space that there is no rule for, and for a Discrete or MultiDiscrete of more than 1,024
+    values, which have no order that bins could keep.
     """
     spaces = gym.spaces
     if isinstance(space, spaces.Box):
@@ -60,7 +69,7 @@ def space_kind(space: gym.Space) -> int:
             return IMAGE
         return CONTINUOUS if _lowest(space) is None else DISCRETE
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        count = 2 if isinstance(space, spaces.MultiBinary) else _counts(space).max()
+        count = int(_counts(space).max(initial=0))
         if count > tokenizers.NUM_BINS:
             raise TypeError(f"{space}: {count} values, discrete tokens have {tokenizers.NUM_BINS}")
         return DISCRETE
@@ -89,30 +98,25 @@ def image_layout(space: gym.Space) -> str | None:
 
 
 def _counts(space: gym.Space) -> np.ndarray:
-    """How many values each element of a discrete space can take, int64 (n,)."""
-    if isinstance(space, gym.spaces.Discrete):
-        return np.array([space.n], np.int64)
-    if isinstance(space, gym.spaces.MultiDiscrete):
-        return space.nvec.ravel().astype(np.int64)
-    if isinstance(space, gym.spaces.MultiBinary):
-        return np.full(int(np.prod(space.shape, dtype=int)), 2, np.int64)
-    return space.high.ravel().astype(np.int64) - space.low.ravel().astype(np.int64) + 1
+    """How many values each element of a space of whole numbers can take, float64 (n,)."""
+    low, high = discrete_bounds(space)
+    return high - low + 1
 
 
 def _lowest(space: gym.Space) -> np.ndarray | None:
     """Lowest value of each element of a discrete space, int64 (n,); None for a continuous Box."""
-    if isinstance(space, gym.spaces.Discrete):
-        return np.array([space.start], np.int64)
-    if isinstance(space, gym.spaces.MultiDiscrete):
-        return space.start.ravel().astype(np.int64)
-    if isinstance(space, gym.spaces.MultiBinary):
-        return np.zeros(int(np.prod(space.shape, dtype=int)), np.int64)
-    if not (np.issubdtype(space.dtype, np.integer) or space.dtype == bool):
+    if discrete_bounds(space) is None or _counts(space).max(initial=0) > tokenizers.NUM_BINS:
         return None
-    low, high = (x.ravel().astype(np.float64) for x in (space.low, space.high))
-    if (high - low).max(initial=0) >= tokenizers.NUM_BINS:  # also where there are no bounds
-        return None
-    return space.low.ravel().astype(np.int64)
+    return discrete_bounds(space)[0].astype(np.int64)
+
+
+def _discrete_ids(values: np.ndarray, space: gym.Space, discrete_range: str) -> np.ndarray:
+    """Ids of whole numbers (T, n), counted from the space's lowest. Raises on other values."""
+    if values.dtype.kind not in "iub":
+        raise TypeError(f"expected whole numbers, got dtype {values.dtype}")
+    return tokenizers.encode_discrete(
+        values.astype(np.int64) - _lowest(space), discrete_range=discrete_range
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,17 +141,23 @@ class _ActionLeaf:
                 [tokenizers.CONTINUOUS_START, tokenizers.SEPARATOR], (self.num_tokens, 1)
             )
         start = tokenizers.discrete_start(self.discrete_range)
-        return np.stack([np.full(self.num_tokens, start), start + _counts(self.space)], axis=1)
+        counts = _counts(self.space).astype(np.int64)
+        return np.stack([np.full(self.num_tokens, start), start + counts], axis=1)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         actions = np.asarray(actions)
+        if actions.shape[1:] != self.space.shape:
+            raise ValueError(f"shape {actions.shape[1:]}, expected {self.space.shape}")
         actions = actions.reshape(len(actions), -1)
         if not self.continuous:
-            return tokenizers.encode_discrete(
-                actions.astype(np.int64) - _lowest(self.space), discrete_range=self.discrete_range
-            )
+            ids = _discrete_ids(actions, self.space, self.discrete_range)
+            low, high = self.ranges().T
+            if ((ids < low) | (ids >= high)).any():
+                raise ValueError(f"a value outside {self.space}")
+            return ids
         low, high = (x.ravel().astype(np.float64) for x in (self.space.low, self.space.high))
-        unit = (actions.astype(np.float64) - low) / (high - low) * 2.0 - 1.0
+        span = np.where(high > low, high - low, 1.0)  # an element that cannot move has its lowest
+        unit = (actions.astype(np.float64) - low) / span * 2.0 - 1.0
         return tokenizers.encode_continuous(unit, companded=False)
 
     def decode(self, ids: np.ndarray) -> Any:
@@ -182,7 +192,10 @@ class ActionSpec:
             kind = space_kind(leaf)
             if kind == TEXT:
                 raise TypeError(f"{name}: text has no fixed number of tokens, got {leaf}")
-            if isinstance(leaf, gym.spaces.Box) and not leaf.is_bounded():
+            if isinstance(leaf, gym.spaces.Box) and not (
+                leaf.is_bounded()
+                and (np.abs([leaf.low, leaf.high], dtype=np.float64) < 1e300).all()
+            ):
                 raise ValueError(f"{name}: continuous actions need finite bounds, got {leaf}")
 
     @functools.cached_property
@@ -208,12 +221,20 @@ class ActionSpec:
     def encode(self, actions: Any) -> np.ndarray:
         """Actions, leaves (T, ...), to ids (T, num_tokens).
 
-        Continuous ones are scaled by their bounds to [-1, 1] and not companded (App. B).
+        Continuous ones are scaled by their bounds to [-1, 1] and not companded (App. B). Raises
+        ValueError or TypeError naming the key where a discrete one is not of its space, and where
+        keys, shapes or dtypes are others.
         """
         leaves = flatten(actions)
         if set(leaves) != set(self._leaves):
             raise ValueError(f"action keys {sorted(leaves)}, expected {sorted(self._leaves)}")
-        columns = [leaf.encode(leaves[key]) for key, leaf in self._leaves.items()]
+        columns = []
+        for key, leaf in self._leaves.items():
+            try:
+                columns.append(leaf.encode(leaves[key]))
+            except (TypeError, ValueError) as error:
+                name = f"action {key!r}" if key else "actions"
+                raise type(error)(f"{name}: {error}") from error
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
     def decode(self, ids: np.ndarray) -> Any:
@@ -349,7 +370,7 @@ class Tokenizer:
     text: tokenizers.TextTokenizer | None = None
     discrete_range: str = "shared"
 
-    @property
+    @functools.cached_property
     def action_spec(self) -> ActionSpec:
         return ActionSpec(self.action_space, self.discrete_range)
 
@@ -362,12 +383,17 @@ class Tokenizer:
         """Timesteps given one by one, with action ids (T, num_tokens), as when acting."""
         return self._sequence(flatten(stack_observations(observations)), action_ids)
 
+    @functools.cached_property
+    def _spaces(self) -> dict[str, tuple[gym.Space, int]]:
+        """Leaf spaces and their kinds, which can be costly to find out."""
+        return {k: (leaf, space_kind(leaf)) for k, leaf in flatten(self.observation_space).items()}
+
     def _sequence(self, leaves: dict[str, Any], actions: np.ndarray) -> TokenSequence:
-        spaces = flatten(self.observation_space)
+        spaces = self._spaces
         if set(leaves) != set(spaces):
             raise ValueError(f"observation keys {sorted(leaves)}, expected {sorted(spaces)}")
         t = len(actions)
-        blocks = [self._leaf(key, spaces[key], leaves[key], t) for key in spaces]
+        blocks = [self._leaf(key, *spaces[key], leaves[key], t) for key in spaces]
         observed = sum(b.lengths for b in blocks)
         if t and observed.max() > LOCAL_POSITIONS:
             raise ValueError(
@@ -411,8 +437,7 @@ class Tokenizer:
             seq.patch[image] = index[seq.patch[image]]
         return seq
 
-    def _leaf(self, key: str, space: gym.Space, values: Any, t: int) -> _Block:
-        kind = space_kind(space)
+    def _leaf(self, key: str, space: gym.Space, kind: int, values: Any, t: int) -> _Block:
         if kind == TEXT:
             if self.text is None:
                 raise ValueError(f"observation {key!r} is text, but there is no text tokenizer")
@@ -438,11 +463,7 @@ class Tokenizer:
         values = values.reshape(t, -1)
         try:
             if kind == DISCRETE:
-                if values.dtype.kind not in "iub":
-                    raise TypeError(f"expected whole numbers, got dtype {values.dtype}")
-                ids = tokenizers.encode_discrete(
-                    values.astype(np.int64) - _lowest(space), discrete_range=self.discrete_range
-                )
+                ids = _discrete_ids(values, space, self.discrete_range)
             else:
                 ids = tokenizers.encode_continuous(values, companded=True)
         except (TypeError, ValueError) as error:
@@ -450,30 +471,33 @@ class Tokenizer:
         return _Block(kind, ids.ravel(), np.full(t, values.shape[1], np.int64))
 
 
-def document_tokens(document: Document, text: Any) -> TokenSequence:
+def document_tokens(document: Document, text: tokenizers.TextTokenizer | None) -> TokenSequence:
     """A document's items in reading order, text as pieces and images as patches (2.1, 3.2).
 
     There is no timestep, so there is no local position (the paper names none); patches keep their
-    row and column. A window may begin at any token.
+    row and column. A window may begin at any token. Raises ValueError for a document without items
+    or for an item that is neither text nor an image.
     """
     if not document.items:
         raise ValueError("a document has at least one item")
     parts = []
-    for item in document.items:
+    for i, item in enumerate(document.items):
         if isinstance(item, str):
+            if text is None:
+                raise ValueError(f"item {i} is text, but there is no text tokenizer")
             ids, kind = np.array(text.encode(item), np.int32), TEXT
             patches, intervals = (
                 np.zeros((0, PATCH, PATCH, 3), np.uint8),
                 np.zeros((1, 4), np.int32),
             )
         else:
-            space = gym.spaces.Box(0, 255, np.shape(item), np.uint8)
-            layout = image_layout(space)
-            if layout is None or item.dtype != np.uint8:
+            pixels = np.asarray(item)
+            channels = pixels.shape[2:] in ((), (1,), (3,))
+            if pixels.dtype != np.uint8 or pixels.ndim < 2 or not channels or not pixels.size:
                 raise ValueError(
-                    f"an item of dtype {item.dtype} and shape {item.shape} is no image"
+                    f"item {i}, of dtype {pixels.dtype} and shape {pixels.shape}, is no image"
                 )
-            images = as_images(item[None], layout)
+            images = as_images(pixels[None], "HW" if pixels.ndim == 2 else "HWC")
             patches, intervals = patch_images(images)[0], patch_intervals(*images.shape[1:3])
             ids, kind = np.zeros(len(patches), np.int32), IMAGE
         n = len(ids)

@@ -33,7 +33,7 @@ from gato_lib.config import (
     source_digest,
 )
 from gato_lib.embedding import check_text
-from gato_lib.episodes import Episode
+from gato_lib.episodes import Episode, flatten
 from gato_lib.evaluation import rollouts
 from gato_lib.files import write_bytes, write_text
 from gato_lib.mixture import Mixture, build_group
@@ -47,6 +47,7 @@ TRAINING_CODE = tuple(
     for name in (
         "config",
         "tokenizers",
+        "episodes",
         "sequence",
         "mixture",
         "embedding",
@@ -185,7 +186,7 @@ def _text_tokenizer(
         text
         for kept in episodes.values()
         for e in kept
-        for leaf in ([] if not isinstance(e.observations, dict) else e.observations.values())
+        for leaf in flatten(e.observations).values()
         if isinstance(leaf, list)
         for text in leaf
     }
@@ -394,13 +395,21 @@ def run_trial(run: Run, trial: Trial) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     What was done before is not done again.
     """
-    folder, metrics = train_agent(
-        run, trial.name, trial.model, trial.train, _prepare_once(run, trial.data)
-    )
-    choices = {"continuous": trial.continuous}
-    played = play(
-        run, folder, trial.episodes, seed=0, lanes=trial.lanes, prompt=trial.prompt, **choices
-    )
+    try:
+        prepared = _prepare_once(run, trial.data)
+        folder, metrics = train_agent(run, trial.name, trial.model, trial.train, prepared)
+        played = play(
+            run,
+            folder,
+            trial.episodes,
+            seed=0,
+            lanes=trial.lanes,
+            prompt=trial.prompt,
+            continuous=trial.continuous,
+        )
+    except Exception as error:
+        error.add_note(f"in trial {trial.name!r}, seed {trial.train.seed}")
+        raise
     return metrics, played
 
 
@@ -410,12 +419,15 @@ _prepare_once = functools.lru_cache(maxsize=1)(prepare)
 def run_trials(
     run: Run, trials: Sequence[Trial], workers: int = 1
 ) -> Iterator[tuple[Trial, pd.DataFrame, pd.DataFrame]]:
-    """Run trials, `workers` at a time on a core each, yielding (trial, metrics, played) in order.
+    """Run trials, `workers` at a time on a core each, yielding (trial, metrics, played).
 
-    Prints progress. With one worker everything happens in this process, on all cores.
+    Trials of one data set follow each other, so that a worker seldom has to read another. Prints
+    progress. With one worker everything happens in this process, on all cores. Raises ConfigError
+    for two equal trials; an error in a trial carries its name.
     """
+    if len({(t.name, t.train.seed) for t in trials}) < len(trials):
+        raise ConfigError("two trials have the same name and seed")
     progress, begin = Progress(every=0.0), time.perf_counter()
-    # Trials of one data set together, so that a worker seldom has to read another.
     trials = sorted(trials, key=lambda t: t.data.digest())
     for config in dict.fromkeys(t.data for t in trials):
         for _ in collection.collect(collections(run, config)):

@@ -77,7 +77,7 @@ def test_nested_episodes_are_stored_and_checked(tmp_path, nested):
     assert one["words"] == "on" and one["pair"][0] == 3
     assert both[0].contains({**one, "pair": (np.int64(3), one["pair"][1])})
     with pytest.raises(
-        DataError, match="observations/pair/\\[0\\] spans \\[1, 5\\], expected \\[2, 5\\]"
+        DataError, match="observations/pair/\\[0\\] is 1 at step 1, expected \\[2, 5\\]"
     ):
         bad = episode.observations | {"pair": (np.array([2, 1, 4, 5]), np.zeros((4, 2)))}
         episodes.validate(dataclasses.replace(episode, observations=bad), *both, "here")
@@ -86,6 +86,37 @@ def test_nested_episodes_are_stored_and_checked(tmp_path, nested):
         episodes.validate(dataclasses.replace(episode, observations=bad), *both, "here")
     with pytest.raises(DataError, match="act: observation is dict, expected a tuple"):
         episodes.check_observation({}, both[0]["pair"], "act")
+
+
+@pytest.mark.parametrize(
+    ("space", "values", "message"),
+    [
+        (
+            gym.spaces.MultiDiscrete([3, 3]),
+            [[0, 2], [0, 3]],
+            r"x is 3 at step 1, expected \[0, 2\]",
+        ),
+        (gym.spaces.MultiBinary(2), [[0, 1], [2, 0]], r"x is 2 at step 1, expected \[0, 1\]"),
+        (
+            gym.spaces.Box(-5, 5, (2,), np.int64),
+            [[6, 0], [0, 0]],
+            r"x is 6 at step 0, expected \[-5",
+        ),
+    ],
+)
+def test_whole_numbers_outside_their_space_are_refused(space, values, message):
+    both = np.array(values, space.dtype)
+    episode = Episode("t/x", {"x": both}, both[:1, 0], both[:1, 0], np.zeros(1), True, 0)
+    spaces = gym.spaces.Dict({"x": space}), gym.spaces.Box(-9, 9, (), space.dtype)
+    with pytest.raises(DataError, match=message):
+        episodes.validate(episode, *spaces, "here")
+
+
+def test_an_array_of_no_size_is_not_stored(tmp_path, nested):
+    episode, *_ = nested
+    spaces = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (0,))}), gym.spaces.Discrete(2)
+    with pytest.raises(DataError, match=r"'x' has shape \(0,\), Minari cannot store that"):
+        episodes.write_minari(tmp_path / "set", [episode], *spaces, {})
 
 
 def test_minari_keeps_nested_episodes(tmp_path, nested):

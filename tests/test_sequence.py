@@ -322,6 +322,53 @@ def test_actions_with_other_keys_are_refused():
         spec.encode({"b": np.array([1])})
 
 
+@pytest.mark.parametrize(
+    ("space", "actions", "message"),
+    [
+        (
+            gym.spaces.Discrete(4),
+            np.array([1.9]),
+            "actions: expected whole numbers, got dtype float",
+        ),
+        (gym.spaces.Discrete(4), np.array([7]), r"actions: a value outside Discrete\(4\)"),
+        (gym.spaces.Discrete(4), np.array([-1]), "actions: discrete value -1"),
+        (gym.spaces.MultiDiscrete([3, 4]), np.array([[2, 900]]), "actions: a value outside Multi"),
+        (
+            gym.spaces.MultiBinary(1),
+            np.array([[5]], np.int8),
+            "actions: a value outside MultiBinary",
+        ),
+        (BOX(0, 10, (2,), np.int64), np.array([[3, 11]]), "actions: a value outside Box"),
+        (BOX(-1, 1, (4,), np.float32), np.zeros((3, 1)), r"shape \(1,\), expected \(4,\)"),
+        (gym.spaces.Discrete(4), np.zeros((3, 3), int), r"shape \(3,\), expected \(\)"),
+        (BOX(-1, 1, (1,), np.float32), np.array([[np.nan]]), "actions: NaN at index"),
+    ],
+    ids=str,
+)
+def test_bad_actions_are_refused(space, actions, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        sq.ActionSpec(space).encode(actions)
+
+
+def test_an_action_that_cannot_move_is_kept():
+    huge = BOX(-1.7e308, 1.7e308, (1,), np.float64)
+    with pytest.raises(ValueError, match="finite bounds"):
+        sq.ActionSpec(huge)
+    space = BOX(np.array([-1.0, 2.0]), np.array([1.0, 2.0]), dtype=np.float64)
+    spec = sq.ActionSpec(space)
+    ids = spec.encode(np.array([[0.0, 2.0]]))
+    assert ids.tolist() == [[32512, 32000]]
+    assert spec.decode(ids[0]).tolist() == [2 / 2048, 2.0]
+
+
+def test_spaces_without_values_are_refused():
+    empty = gym.spaces.Dict({})
+    with pytest.raises(ValueError, match="empty Dict or Tuple"):
+        sq.ActionSpec(empty)
+    with pytest.raises(ValueError, match="empty Dict or Tuple"):
+        sq.Tokenizer(gym.spaces.Tuple([]), ACTIONS).steps([()], np.zeros((1, 2), int))
+
+
 THOROUGH = settings(
     max_examples=10_000,
     deadline=None,
@@ -428,10 +475,15 @@ def test_documents_by_hand():
 def test_bad_documents_are_refused():
     with pytest.raises(ValueError, match="at least one item"):
         sq.document_tokens(Document(()), TwoWords())
-    with pytest.raises(ValueError, match="dtype float64 and shape .* is no image"):
-        sq.document_tokens(Document((np.zeros((16, 16, 3)),)), TwoWords())
-    with pytest.raises(ValueError, match=r"shape \(8, 8, 3\) is no image"):
-        sq.document_tokens(Document((np.zeros((8, 8, 3), np.uint8),)), TwoWords())
+    for item in (np.zeros((16, 16, 3)), np.zeros((16, 16, 4), np.uint8), np.zeros(16, np.uint8)):
+        with pytest.raises(ValueError, match="item 1, of dtype .* and shape .*, is no image"):
+            sq.document_tokens(Document(("go", item)), TwoWords())
+    with pytest.raises(ValueError, match="item 0, of dtype int64 and shape"):
+        sq.document_tokens(Document(([1, 2],)), TwoWords())
+    with pytest.raises(ValueError, match="item 0 is text, but there is no text tokenizer"):
+        sq.document_tokens(Document(("go",)), None)
+    thin = np.zeros((10, 200), np.uint8)  # a document says what is an image; any size will do
+    assert len(sq.document_tokens(Document((thin,)), None)) == 13
 
 
 def test_real_demonstrations(demonstrations):

@@ -47,7 +47,13 @@ def test_actions_are_cut_into_uniform_bins(value, expected):
         (-1.0, 32279),
         (256.0, 33023),
         (-256.0, 32000),
+        (np.nextafter(0.0, -1.0), 32511),  # neighbours of the edges at 0 and +-256
+        (np.nextafter(0.0, 1.0), 32512),
+        (np.nextafter(256.0, 0.0), 33023),
+        (np.nextafter(256.0, 300.0), 33023),
+        (np.nextafter(-256.0, 0.0), 32000),
         (1e9, 33023),
+        (np.finfo(np.float64).max, 33023),
         (np.inf, 33023),
         (-np.inf, 32000),
     ],

@@ -18,9 +18,10 @@ from gato_lib import tokenizers as tk
 from gato_lib.agent import Agent, History
 from gato_lib.checkpoint import Checkpointer
 from gato_lib.config import ConfigError, DataConfig, TrainConfig, model_config
+from gato_lib.embedding import table_row
 from gato_lib.episodes import DataError, Episode, select, stack_observations, validate
 from gato_lib.mixture import Mixture, build_group
-from gato_lib.training import initial_state, train
+from gato_lib.training import graph_of, initial_state, merge, train
 
 NETWORK = model_config(
     "w64d2", width=32, head_dim=8, mlp_dim=64, text_rows=1024, value_rows="ordinal"
@@ -305,8 +306,6 @@ def test_any_gymnasium_spaces_train_and_act(text, discrete_range):
 
 def test_acting_equals_the_training_forward_pass(text, demonstrations):
     """Greedy ids are the argmax over legal ids of logits from a batch made as in training."""
-    from gato_lib.training import graph_of, merge
-
     params = initial_state(NETWORK, FIT)["params"]
     agent = Agent(NETWORK, params, text, 90, continuous="greedy", discrete="greedy")
     model = merge(graph_of(NETWORK), params)
@@ -330,6 +329,43 @@ def test_acting_equals_the_training_forward_pass(text, demonstrations):
             start = low if low < 32000 else 1024
             chosen = int(np.argmax(logits[start : start + high - low])) + low
             assert chosen == history.action_ids[-1][i]
+
+
+@pytest.mark.parametrize("discrete_range", ["shared", "own"])
+def test_mixed_actions_are_chosen_token_by_token(text, discrete_range):
+    """Each token among its own legal ids, given those before it: the mean, the mode, or a draw."""
+    observations, actions = AnySpaces.observation_space, AnySpaces.action_space
+    observations.seed(1)
+    network = dataclasses.replace(NETWORK, discrete_range=discrete_range)
+    params = initial_state(network, FIT)["params"]
+    # Sharper than a new network's: otherwise every mean is the middle.
+    params["embedding"]["table"] = params["embedding"]["table"] * 40
+    model = merge(graph_of(network), params)
+    tokenizer = sq.Tokenizer(observations, actions, text, discrete_range)
+    observation = observations.sample()
+    for continuous, discrete in (("mean", "greedy"), ("greedy", "greedy"), ("mean", "sample")):
+        agent = Agent(network, params, text, 60, continuous=continuous, discrete=discrete)
+        history = History(0)
+        history.observations.append(observation)
+        agent.act(tokenizer, [history])
+        chosen = history.action_ids[0]
+        seq = tokenizer.steps([observation], chosen[None])
+        batch = sq.make_batch(seq, [[(0, len(seq))]], len(seq), len(seq), 8)
+        hidden = model.hidden(batch)[0]
+        noise = np.random.default_rng([0, 2]).gumbel(size=(5, 1024))
+        for i, (low, high) in enumerate(tokenizer.action_spec.legal_ids):
+            logits = np.asarray(model.embedding.logits(hidden[len(seq) - 6 + i][None])[0])
+            row = int(table_row(np.int32(low), network))
+            legal = logits[row : row + high - low].astype(np.float64)
+            if i < 3:  # button, button, hold: keys in lexicographic order
+                assert high - low in (2, 3)
+                pick = np.argmax(legal + (noise[i, : high - low] if discrete == "sample" else 0))
+            elif continuous == "mean":
+                p = np.exp(legal - legal.max())
+                pick = round(float(p @ np.arange(1024) / p.sum()))
+            else:
+                pick = np.argmax(legal)
+            assert abs(chosen[i] - (low + pick)) <= (continuous == "mean" and i >= 3), (i, discrete)
 
 
 def test_prompts_stay_at_the_front(agent, demonstrations):

@@ -23,6 +23,7 @@ from gato_lib.episodes import Episode
 from gato_lib.tokenizers import TextTokenizer
 
 LENGTH = 1024
+WANTED = {"timesteps, tokens": 250_000, "images 64 x 64, noise": 15_000}  # a second of one core
 
 
 def per_second(work: Callable[[], object], count: int, repeats: int = 7) -> float:
@@ -120,7 +121,8 @@ def main() -> None:
 
     rows = []
     for (domain, what), (speed, n) in speeds.items():
-        print(f"{domain:10} {what:24} {speed:12,.0f} a second of one core")
+        wanted = f", wanted {WANTED[what]:,}" if what in WANTED and domain != "babyai" else ""
+        print(f"{domain:10} {what:24} {speed:12,.0f} a second of one core{wanted}")
         rows.append(
             results.row("tokenization", 0, 0, domain, "all", f"{what}, per second", speed, n)
         )
