@@ -41,7 +41,7 @@ def mu_law_encode(values: np.ndarray) -> np.ndarray:
     """
     x = np.asarray(values, np.float64)
     with np.errstate(over="ignore"):  # near the largest float the product is infinite
-        return np.sign(x) * np.log(np.abs(x) * MU + 1.0) / np.log(M * MU + 1.0)
+        return np.sign(x) * np.log1p(np.abs(x) * MU) / np.log1p(M * MU)
 
 
 def mu_law_decode(values: np.ndarray) -> np.ndarray:
