@@ -120,7 +120,10 @@ def _check_range(ids: np.ndarray, low: int, high: int, what: str) -> None:
 
 
 class TextTokenizer:
-    """SentencePiece behind two methods. Ids are below `size`, which is at most 32,000."""
+    """SentencePiece behind two methods. Ids are below `size`, which is at most 32,000.
+
+    Lossless, but for U+2581: SentencePiece writes a space with it, and it returns as one.
+    """
 
     def __init__(self, model: str | os.PathLike = VENDORED_MODEL):
         self.path = pathlib.Path(model)

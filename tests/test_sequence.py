@@ -371,6 +371,7 @@ def test_spaces_without_values_are_refused():
 
 THOROUGH = settings(
     max_examples=10_000,
+    derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     database=None,
