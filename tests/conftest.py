@@ -9,6 +9,18 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Ten thousand arrays a codec. The same ones at every run: a test that fails once in ten runs is no
+# use to the change that it fails on.
+settings.register_profile(
+    "thorough",
+    max_examples=10_000,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    database=None,
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

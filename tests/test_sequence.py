@@ -5,7 +5,7 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -369,13 +369,7 @@ def test_spaces_without_values_are_refused():
         sq.Tokenizer(gym.spaces.Tuple([]), ACTIONS).steps([()], np.zeros((1, 2), int))
 
 
-THOROUGH = settings(
-    max_examples=10_000,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    database=None,
-)
+THOROUGH = settings.get_profile("thorough")  # conftest.py
 
 
 @THOROUGH

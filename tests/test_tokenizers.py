@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -105,15 +105,8 @@ def test_discrete_ranges():
         tk.encode_discrete(np.array([0.5]))
 
 
-# Ten thousand arrays a codec: any shape, dtype and value, extremes among them. The same ones at
-# every run: a test that fails once in ten runs is no use to the change that it fails on.
-THOROUGH = settings(
-    max_examples=10_000,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    database=None,
-)
+# Any shape, dtype and value, extremes among them.
+THOROUGH = settings.get_profile("thorough")  # conftest.py
 EXTREMES = [0.0, -0.0, 1.0, -1.0, 256.0, -256.0, np.inf, -np.inf]
 EXTREMES += [float(np.nextafter(np.float32(e), np.float32(d))) for e in (1, -1) for d in (-9, 9)]
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
