@@ -338,9 +338,12 @@ def write_minari(
     from minari.dataset.minari_storage import MinariStorage
 
     folder = pathlib.Path(folder)
-    for key, space in (flatten(observation_space) | flatten(action_space)).items():
-        if 0 in (space.shape or ()):
-            raise DataError(f"{folder}: {key!r} has shape {space.shape}, Minari cannot store that")
+    for space in (observation_space, action_space):
+        for key, leaf in flatten(space).items():
+            if 0 in (leaf.shape or ()):
+                raise DataError(
+                    f"{folder}: {key!r} has shape {leaf.shape}, Minari cannot store that"
+                )
     buffers = [
         EpisodeBuffer(
             id=i,

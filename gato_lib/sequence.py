@@ -105,9 +105,15 @@ def _counts(space: gym.Space) -> np.ndarray:
 
 def _lowest(space: gym.Space) -> np.ndarray | None:
     """Lowest value of each element of a discrete space, int64 (n,); None for a continuous Box."""
-    if discrete_bounds(space) is None or _counts(space).max(initial=0) > tokenizers.NUM_BINS:
+    bounds = discrete_bounds(space)
+    if bounds is None or (bounds[1] - bounds[0]).max(initial=0) >= tokenizers.NUM_BINS:
         return None
-    return discrete_bounds(space)[0].astype(np.int64)
+    return bounds[0].astype(np.int64)
+
+
+def _action_name(key: str) -> str:
+    """How errors call an action's leaf."""
+    return f"action {key!r}" if key else "actions"
 
 
 def _discrete_ids(values: np.ndarray, space: gym.Space, discrete_range: str) -> np.ndarray:
@@ -134,6 +140,10 @@ class _ActionLeaf:
     def num_tokens(self) -> int:
         return int(np.prod(self.space.shape, dtype=int))
 
+    def _box_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest value of each element of a Box, float64 (n,) each."""
+        return tuple(x.ravel().astype(np.float64) for x in (self.space.low, self.space.high))
+
     def ranges(self) -> np.ndarray:
         """Legal ids of each token, half-open, int64 (n, 2)."""
         if self.continuous:
@@ -155,7 +165,7 @@ class _ActionLeaf:
             if ((ids < low) | (ids >= high)).any():
                 raise ValueError(f"a value outside {self.space}")
             return ids
-        low, high = (x.ravel().astype(np.float64) for x in (self.space.low, self.space.high))
+        low, high = self._box_bounds()
         span = np.where(high > low, high - low, 1.0)  # an element that cannot move has its lowest
         unit = (actions.astype(np.float64) - low) / span * 2.0 - 1.0
         return tokenizers.encode_continuous(unit, companded=False)
@@ -167,7 +177,7 @@ class _ActionLeaf:
             if isinstance(self.space, gym.spaces.Discrete):
                 return int(values[0])
         else:
-            low, high = (x.ravel().astype(np.float64) for x in (self.space.low, self.space.high))
+            low, high = self._box_bounds()
             unit = tokenizers.decode_continuous(ids, companded=False)
             values = low + (unit + 1.0) / 2.0 * (high - low)
             if np.issubdtype(self.space.dtype, np.integer):
@@ -188,9 +198,8 @@ class ActionSpec:
 
     def __post_init__(self) -> None:
         for key, leaf in flatten(self.space).items():
-            name = f"action {key!r}" if key else "actions"
-            kind = space_kind(leaf)
-            if kind == TEXT:
+            name = _action_name(key)
+            if space_kind(leaf) == TEXT:
                 raise TypeError(f"{name}: text has no fixed number of tokens, got {leaf}")
             if isinstance(leaf, gym.spaces.Box) and not (
                 leaf.is_bounded()
@@ -233,8 +242,7 @@ class ActionSpec:
             try:
                 columns.append(leaf.encode(leaves[key]))
             except (TypeError, ValueError) as error:
-                name = f"action {key!r}" if key else "actions"
-                raise type(error)(f"{name}: {error}") from error
+                raise type(error)(f"{_action_name(key)}: {error}") from error
         return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
     def decode(self, ids: np.ndarray) -> Any:

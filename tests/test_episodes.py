@@ -117,6 +117,9 @@ def test_an_array_of_no_size_is_not_stored(tmp_path, nested):
     spaces = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (0,))}), gym.spaces.Discrete(2)
     with pytest.raises(DataError, match=r"'x' has shape \(0,\), Minari cannot store that"):
         episodes.write_minari(tmp_path / "set", [episode], *spaces, {})
+    bare = gym.spaces.Box(-1, 1, (0,)), gym.spaces.Box(-1, 1, (2,))  # both without a key
+    with pytest.raises(DataError, match=r"'' has shape \(0,\), Minari cannot store that"):
+        episodes.write_minari(tmp_path / "set", [episode], *bare, {})
 
 
 def test_minari_keeps_nested_episodes(tmp_path, nested):
