@@ -23,7 +23,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gato_lib.config import ConfigError
 
@@ -64,6 +64,7 @@ def attend(
     v: Float[Array, "B T N H"],
     r: Float[Array, "T N H"] | None,
     implementation: str = "plain",
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal softmax attention, scores scaled by 1 / sqrt(H) and computed in float32.
 
@@ -71,6 +72,8 @@ def attend(
       q: queries as they meet a key's content, q + u.
       q_distance: queries as they meet its distance, q + v.
       r: projected `relative_features`; None leaves the relative term out.
+      segments: numbers of the windows packed into a row; a query sees keys of its own only. None
+        is one window a row.
 
     Raises ConfigError where the implementation does not run on this machine.
     """
@@ -80,17 +83,26 @@ def attend(
         t = q.shape[1]
         size = t if implementation == "plain" else BLOCK
         blocks = [(first, min(first + size, t)) for first in range(0, t, size)]
-        rows = [_rows(q[:, a:b], q_distance[:, a:b], k[:, :b], v[:, :b], r, b) for a, b in blocks]
+        rows = [
+            _rows(q[:, a:b], q_distance[:, a:b], k[:, :b], v[:, :b], r, b, segments)
+            for a, b in blocks
+        ]
         return jnp.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
     if implementation == "dot_product":
         bias = None if r is None else _bias(q_distance, r)
-        return jax.nn.dot_product_attention(q, k, v, bias, is_causal=True)
+        together = None if segments is None else _together(segments, segments)
+        return jax.nn.dot_product_attention(q, k, v, bias, together, is_causal=True)
     if implementation == "flash":
-        return _flash(q, q_distance, k, v, r, jax.default_backend())
+        return _flash(q, q_distance, k, v, r, jax.default_backend(), segments)
     raise ConfigError(f"unknown attention {implementation!r}")
 
 
-def _rows(q, q_distance, k, v, r, last):
+def _together(query: Int[Array, "B T"], key: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
+    """Whether query and key are of one segment."""
+    return (query[:, :, None] == key[:, None, :])[:, None]
+
+
+def _rows(q, q_distance, k, v, r, last, segments):
     """The last T of `last` positions: scores (B, N, T, S), softmax, values."""
     f32 = jnp.float32
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=f32)
@@ -100,8 +112,10 @@ def _rows(q, q_distance, k, v, r, last):
         )
         scores += relative_shift(by_distance)
     t, s = scores.shape[2:]
-    causal = np.tril(np.ones((1, 1, t, s), bool), s - t)
-    scores = jnp.where(causal, scores * q.shape[-1] ** -0.5, MASKED)
+    seen = jnp.asarray(np.tril(np.ones((1, 1, t, s), bool), s - t))
+    if segments is not None:
+        seen = seen & _together(segments[:, last - t : last], segments[:, :last])
+    scores = jnp.where(seen, scores * q.shape[-1] ** -0.5, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
 
@@ -112,7 +126,7 @@ def _bias(q_distance, r) -> Float[Array, "B N T T"]:
     return relative_shift(by_distance) * q_distance.shape[-1] ** -0.5
 
 
-def _flash(q, q_distance, k, v, r, backend):
+def _flash(q, q_distance, k, v, r, backend, segments=None):
     """The vendor's fused kernel. Padding at the end is never seen: attention is causal."""
     if backend not in ("gpu", "tpu"):
         raise ConfigError(f"attention 'flash' needs a GPU or TPU, this is a {backend}")
@@ -130,11 +144,21 @@ def _flash(q, q_distance, k, v, r, backend):
     q, k, v = pad(q), pad(k), pad(v)
     if backend == "gpu":
         bias = None if bias is None else bias.astype(q.dtype)  # cuDNN wants one dtype
-        y = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
+        mask = None
+        if segments is not None:
+            segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-1)
+            mask = _together(segments, segments)
+        y = jax.nn.dot_product_attention(
+            q, k, v, bias, mask, is_causal=True, implementation="cudnn"
+        )
     else:
-        from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+        from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds, flash_attention
 
+        together = None
+        if segments is not None:
+            segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-1)
+            together = SegmentIds(segments, segments)
         # The kernel wants heads before positions, and would scale the bias along with the scores.
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * h**-0.5, k, v))
-        y = jnp.swapaxes(flash_attention(q, k, v, bias, causal=True), 1, 2)
+        y = jnp.swapaxes(flash_attention(q, k, v, bias, together, causal=True), 1, 2)
     return y[:, :t]

@@ -1,10 +1,14 @@
-"""Checkpoints with orbax: parameters, optimiser state and step, whole or not at all."""
+"""Checkpoints with orbax, whole or not at all: parameters, optimiser, step, place in the data.
+
+Beside them, once for a run, meta.json holds every setting and seed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import operator
 import os
 import pathlib
 import shutil
@@ -13,7 +17,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+from gato_lib import distributed
 from gato_lib.files import write_text
 
 
@@ -29,12 +35,18 @@ def _silenced(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-class Checkpointer:
-    """Keeps the last `keep` checkpoints of a run in `folder`, and its settings in meta.json.
+# Orbax keeps metrics only where it is told how to rank them.
+_VALIDATION_LOSS = operator.itemgetter("validation_loss")
 
-    A kill during a save leaves the previous checkpoint as the latest; what it left behind is
-    removed when training starts again. `read_only` touches nothing, so an agent can be loaded
-    while it is being trained. Raises ValueError where the folder holds a run of other settings.
+
+class Checkpointer:
+    """Keeps a run's last `keep` checkpoints and its best, and its settings in meta.json.
+
+    The best is the one with the lowest validation loss among those saved with one. A kill during a
+    save leaves the previous checkpoint as the latest; what it left behind is removed when training
+    starts again. `read_only` touches nothing, so an agent can be loaded while it is being trained.
+    With several processes each writes the arrays on its own devices, into one shared folder.
+    Raises ValueError where the folder holds a run of other settings.
     """
 
     def __init__(
@@ -49,39 +61,73 @@ class Checkpointer:
         if read_only:
             # Orbax warns about what read_only implies, with a path, into a notebook's outputs.
             with _silenced("absl"):
-                options = ocp.CheckpointManagerOptions(read_only=True)
+                options = ocp.CheckpointManagerOptions(
+                    read_only=True, best_fn=_VALIDATION_LOSS, best_mode="min"
+                )
                 self._manager = ocp.CheckpointManager(steps, options=options)
             return
-        for partial in steps.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
         path = self.folder / "meta.json"
         if path.is_file() and read_meta(folder) != json.loads(json.dumps(meta)):
             raise ValueError(f"{path}: the run there has other settings; choose another folder")
-        write_text(path, json.dumps(meta, indent=1, sort_keys=True))
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        if distributed.is_writer():
+            for partial in steps.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+            write_text(path, json.dumps(meta, indent=1, sort_keys=True))
+        distributed.wait("checkpointer")
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: -_VALIDATION_LOSS(metrics),  # what ranks last is kept
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            best_fn=_VALIDATION_LOSS,
+            best_mode="min",
+        )
         self._manager = ocp.CheckpointManager(steps, options=options)
 
     def latest(self) -> int | None:
+        """Step of the latest checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, counters: dict[str, Any]) -> None:
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest validation loss; None where none has one."""
+        losses = {}
+        for step in self._manager.all_steps():
+            metrics = self._manager.metrics(step)
+            if metrics is not None:
+                losses[step] = _VALIDATION_LOSS(metrics)
+        return min(losses, key=losses.get) if losses else None
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        counters: dict[str, Any],
+        validation_loss: float | None = None,
+    ) -> None:
         """Start saving arrays and plain counters; the previous save is finished first."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), counters=ocp.args.JsonSave(counters)
             ),
+            metrics=None if validation_loss is None else {"validation_loss": validation_loss},
         )
 
-    def restore(self, state: Any) -> tuple[int, Any, dict[str, Any]]:
-        """(step, state, counters) of the latest checkpoint, shaped and typed like `state`.
+    def restore(self, state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
+        """(step, state, counters) of a checkpoint, the latest by default.
 
-        Raises FileNotFoundError where there is none.
+        Shaped, typed and placed on devices like `state`, arrays or `jax.ShapeDtypeStruct`. Raises
+        FileNotFoundError where there is none.
         """
-        step = self.latest()
-        if step is None:
-            raise FileNotFoundError(f"{self.folder}: no checkpoint")
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        step = self.latest() if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            raise FileNotFoundError(f"{self.folder}: no checkpoint{f' {step}' if step else ''}")
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+            state,
+        )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -90,8 +136,12 @@ class Checkpointer:
         )
         return step, restored.state, restored.counters
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Wait until what was saved is on disk."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.finish()
         self._manager.close()
 
 

@@ -95,6 +95,8 @@ class ModelConfig(_Config):
       value_rows: how the 1,024 rows of the value bins start. "random": like every other row.
         "ordinal": fixed random cosine features of the bin centre, then trained freely.
       stochastic_depth: probability that a sub-layer is skipped in training (App. C).
+      dropout: share of a sub-layer's outputs that training sets to zero. The paper drops in
+        fine-tuning only, 0.1 (App. E); where is not stated.
       sequence_positions: "relative" (Transformer-XL), "sinusoidal" (absolute, added to the input)
         or "none". The paper names no scheme; see `mlp_dim` for what points to the first.
       local_positions: whether tokens carry their place within the timestep (App. C.3).
@@ -121,6 +123,7 @@ class ModelConfig(_Config):
     discrete_range: str = "shared"
     value_rows: str = "random"
     stochastic_depth: float = 0.1
+    dropout: float = 0.0
     sequence_positions: str = "relative"
     local_positions: bool = True
     patch_embedder: str = "residual"
@@ -143,6 +146,7 @@ class ModelConfig(_Config):
             "(discrete values share the first 1024)",
         )
         self._require(0 <= self.stochastic_depth < 1, "stochastic_depth must lie in [0, 1)")
+        self._require(0 <= self.dropout < 1, "dropout must lie in [0, 1)")
         _one_of(self, "discrete_range", ("shared", "own"))
         _one_of(self, "value_rows", ("random", "ordinal"))
         _one_of(self, "sequence_positions", ("relative", "sinusoidal", "none"))
@@ -184,6 +188,10 @@ class DataConfig(_Config):
       weights: share of sequences for each domain; empty means equal.
       context_length: longest training sequence, in tokens.
       batch_tokens: tokens a batch, before rounding to whole sequences.
+      rows_multiple: batches have a multiple of so many sequences, so that as many devices can
+        share them.
+      validation_fraction: share of each task's episodes, rounded down, that training never sees
+        and the validation loss is measured on.
       prompt_fraction: share of sequences that start with a prompt (25 % in the paper).
       text_loss: whether text observations count in the loss, as in the paper.
       vocabulary_size: SentencePiece pieces; 32000 is the vendored model, less is trained on the
@@ -197,6 +205,8 @@ class DataConfig(_Config):
     weights: tuple[tuple[str, float], ...] = ()
     context_length: int = 1024
     batch_tokens: int = 524_288
+    rows_multiple: int = 1
+    validation_fraction: float = 0.05
     prompt_fraction: float = 0.25
     text_loss: bool = True
     vocabulary_size: int = 32_000
@@ -218,6 +228,8 @@ class DataConfig(_Config):
         self._require(all(w > 0 for _, w in self.weights), "weights must be positive")
         self._require(self.context_length > 0, "context_length must be positive")
         self._require(self.batch_tokens > 0, "batch_tokens must be positive")
+        self._require(self.rows_multiple > 0, "rows_multiple must be positive")
+        self._require(0 <= self.validation_fraction < 1, "validation_fraction must lie in [0, 1)")
         _one_of(self, "discrete_range", ("shared", "own"))
         self._require(self.seed >= 0, "seed must be >= 0")
         self._require(0 <= self.prompt_fraction <= 1, "prompt_fraction must lie in [0, 1]")
@@ -232,6 +244,8 @@ class TrainConfig(_Config):
     """Optimisation (App. D). Defaults are the paper's for 1.18B parameters.
 
     Attributes:
+      schedule: "cosine", linear warm-up from `start_lr` and decay to `final_lr_factor` of the
+        peak, or "constant" (fine-tuning, App. E; `warmup_steps` apply there too).
       clip_norm: global gradient norm above which gradients are scaled down; 0 is off (the paper
         names none).
       soft_sigma: standard deviation, in bins, of a Gaussian over neighbouring bins used as the
@@ -241,6 +255,7 @@ class TrainConfig(_Config):
     steps: int = 1_000_000
     peak_lr: float = 1e-4
     start_lr: float = 1e-7
+    schedule: str = "cosine"
     final_lr_factor: float = 0.1
     warmup_steps: int = 15_000
     beta1: float = 0.9
@@ -261,5 +276,12 @@ class TrainConfig(_Config):
         )
         self._require(self.peak_lr > 0, "peak_lr must be positive")
         self._require(0 < self.final_lr_factor <= 1, "final_lr_factor must lie in (0, 1]")
+        _one_of(self, "schedule", ("cosine", "constant"))
         self._require(self.clip_norm >= 0, "clip_norm must be >= 0")
         self._require(self.soft_sigma >= 0, "soft_sigma must be >= 0")
+
+
+# App. E: Adam (no decay) at a constant rate, with `ModelConfig.dropout` 0.1. Batches of 64 x 1,024.
+FINE_TUNING = TrainConfig(
+    steps=10_000, peak_lr=1e-5, schedule="constant", warmup_steps=0, weight_decay=0.0
+)

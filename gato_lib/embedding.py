@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from gato_lib import tokenizers
 from gato_lib.config import ConfigError, ModelConfig
+from gato_lib.distributed import constrain
 
 LOCAL_ROWS = 512 + 1  # observation tokens, and one row for all actions (sequence.ACTION_POSITION)
 PATCH_ROWS = 128
@@ -149,12 +150,13 @@ class Embedding(nnx.Module):
         if patches.shape[0]:  # a batch shape without images costs nothing
             image = (patch < patches.shape[0])[..., None]
             vectors = self.patch(patches).astype(x.dtype)
+            vectors = constrain(vectors, "batch", None)
             seen = vectors[jnp.minimum(patch, patches.shape[0] - 1)]
             seen += self.patch_row[...][rows] + self.patch_col[...][cols]
             x = jnp.where(image, seen, x)
         if self.config.local_positions:
             x += jnp.where((local >= 0)[..., None], self.local[...][jnp.maximum(local, 0)], 0.0)
-        return x.astype(self.config.compute_dtype)
+        return constrain(x.astype(self.config.compute_dtype), "batch", None, None)
 
     def logits(self, hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
         """Logits over table rows, float32. Two-dimensional on purpose: it is 3 times faster."""

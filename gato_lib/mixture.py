@@ -1,21 +1,87 @@
 """The training mixture: weighted, seeded, resumable batches (paper 2.3, Table 1, App. D).
 
 Batches are of one domain each, chosen by the domains' weights: sequences of one shape need no
-padding to another's. (The paper mixes domains within a batch; README, Deviations.) Batch number i
-is a function of i and the seeds alone, so a step number is all it takes to resume.
+padding to another's. (The paper mixes domains within a batch; README, Deviations.) Where episodes
+are much shorter than the context, several windows are packed into a row and do not see each other.
+
+Row r of batch i is a function of i, r and the seeds alone. So the position in the data is one
+number, and every process of a run can build the rows that its own devices need.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from gato_lib.config import DataConfig
+from gato_lib.config import ConfigError, DataConfig
+from gato_lib.distributed import Placement
 from gato_lib.sequence import Batch, TokenSequence, concatenate, make_batch
+
+# Table 1's weights in per cent. The rows as printed sum to 99.93, and are renormalised over what a
+# run has. Keys are our domains; what has no key there yet is what the workbook lacks.
+PAPER_WEIGHTS: dict[str, tuple[str, float]] = {
+    "dmlab": ("DM Lab", 9.35),
+    "atari": ("ALE Atari", 9.5),
+    "atari_extended": ("ALE Atari Extended", 10.0),
+    "sokoban": ("Sokoban", 1.33),
+    "babyai": ("BabyAI", 9.06),
+    "dmc": ("DM Control Suite", 4.62),
+    "dmc_pixels": ("DM Control Suite Pixels", 7.07),
+    "dmc_random_small": ("DM Control Suite Random Small", 3.04),
+    "dmc_random_large": ("DM Control Suite Random Large", 3.04),
+    "metaworld": ("Meta-World", 8.96),
+    "procgen": ("Procgen", 5.34),
+    "rgb_stacking": ("RGB Stacking simulator", 1.33),
+    "rgb_stacking_real": ("RGB Stacking real robot", 1.33),
+    "modular_rl": ("Modular RL", 8.23),
+    "manipulation": ("DM Manipulation Playground", 1.68),
+    "playroom": ("Playroom", 1.33),
+    "massive_text": ("MassiveText", 6.7),
+    "m3w": ("M3W", 4.0),
+    "align": ("ALIGN", 0.67),
+    "coco": ("MS-COCO Captions", 0.67),
+    "conceptual_captions": ("Conceptual Captions", 0.67),
+    "ltip": ("LTIP", 0.67),
+    "okvqa": ("OKVQA", 0.67),
+    "vqav2": ("VQAv2", 0.67),
+}
+
+PACK_ABOVE = 0.05  # share of padding from which rows take further windows
+VALIDATION_BATCHES = 4  # of each domain
+
+
+def mixture_weights(text: str, domains: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Weights of the domains a run has, from a notebook's parameter; they sum to one.
+
+    "equal"; "paper", Table 1's column renormalised over what there is; or a list such as
+    "babyai 2, metaworld 1" that names each of them. Raises ConfigError.
+    """
+    if text == "equal":
+        weights = dict.fromkeys(domains, 1.0)
+    elif text == "paper":
+        unknown = sorted(set(domains) - set(PAPER_WEIGHTS))
+        if unknown:
+            raise ConfigError(f"mixture 'paper': Table 1 has no weight for {unknown}")
+        weights = {d: PAPER_WEIGHTS[d][1] for d in domains}
+    else:
+        try:
+            weights = {d: float(w) for d, w in (item.split() for item in text.split(","))}
+        except ValueError:
+            raise ConfigError(
+                f"mixture is {text!r}, expected 'equal', 'paper' or a list as in "
+                "'babyai 2, metaworld 1'"
+            ) from None
+        if set(weights) != set(domains) or min(weights.values()) <= 0:
+            raise ConfigError(
+                f"mixture {text!r}: expected a positive weight for each of {sorted(domains)}"
+            )
+    total = sum(weights.values())
+    return tuple((d, weights[d] / total) for d in sorted(weights))
 
 
 @dataclasses.dataclass
@@ -24,14 +90,51 @@ class TaskData:
 
     Attributes:
       episodes: int64 (E, 2), first and last step (half-open) of each episode.
+      held_out: number of episodes, at the end, that are for validation only.
     """
 
     episodes: np.ndarray
+    held_out: int = 0
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Episodes of the training set."""
+        return self.episodes[: len(self.episodes) - self.held_out]
+
+    @property
+    def unseen(self) -> np.ndarray:
+        """Episodes held out."""
+        return self.episodes[len(self.episodes) - self.held_out :]
+
+
+class Window(NamedTuple):
+    """A piece of an episode in a row, with a prompt in front of it or not.
+
+    Attributes:
+      task: task id.
+      spans: first and last token (half-open) of the prompt, if any, and of the window.
+    """
+
+    task: str
+    spans: list[tuple[int, int]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(last - first for first, last in self.spans)
+
+
+Row = list[Window]
 
 
 @dataclasses.dataclass
 class Group:
-    """The tasks of one domain, and the fixed shape of its batches."""
+    """The tasks of one domain, and the fixed shape of its batches.
+
+    Attributes:
+      length: T, tokens of a row. batch_size: B, rows of the global batch.
+      num_targets: K, of a row. num_patches: Q, distinct patches of a global batch, as a rule.
+      packed: whether a row goes on with further windows where one ends early.
+    """
 
     name: str
     seq: TokenSequence
@@ -40,13 +143,21 @@ class Group:
     batch_size: int = 0
     num_targets: int = 0
     num_patches: int = 0
+    packed: bool = False
 
-    @property
-    def max_patches(self) -> int:
-        """Distinct patches a batch can hold at most."""
+    def max_patches(self, rows: int) -> int:
+        """Distinct patches that so many rows can hold at most."""
         most = int(np.add.reduceat(self.seq.patch >= 0, self.seq.offsets[:-1], dtype=int).max())
         steps = self.length // int(np.diff(self.seq.offsets).min())
-        return self.batch_size * most * max(steps, 1)
+        return rows * most * max(steps, 1)
+
+
+class Sample(NamedTuple):
+    """A batch and where it came from: its domain, and the tasks in it."""
+
+    domain: str
+    batch: Batch
+    tasks: tuple[str, ...]
 
 
 def _window_end(offsets: np.ndarray, first: int, limit: int, tokens: int) -> int:
@@ -74,68 +185,108 @@ def build_group(
     for task, episodes in sequences.items():
         ends = step + np.cumsum([e.steps for e in episodes])
         begins = np.concatenate([[step], ends[:-1]])
-        tasks[task] = TaskData(np.stack([begins, ends], axis=1))
+        held_out = min(int(len(episodes) * config.validation_fraction), len(episodes) - 1)
+        tasks[task] = TaskData(np.stack([begins, ends], axis=1), held_out)
         for begin, end in tasks[task].episodes:
             for first in range(begin, end):
                 last = _window_end(offsets, first, end, config.context_length)
                 longest = max(longest, int(offsets[last] - offsets[first]))
         step = int(ends[-1])
     group = Group(name, seq, tasks, length=longest)
-    group.batch_size = max(1, config.batch_tokens // longest)
+    _set_batch_size(group, config)
+    if padding_share(group, config) > PACK_ABOVE:
+        group.packed, group.length = True, config.context_length
+        _set_batch_size(group, config)
     mask = np.concatenate([[0], np.cumsum(seq.loss_mask(config.text_loss))])
     per_step = mask[offsets[1:]] - mask[offsets[:-1]]
     # No row holds more targets than its densest steps repeated until the row is full.
-    group.num_targets = int(np.ceil((per_step / steps).max() * longest))
-    group.num_patches = 0
+    group.num_targets = int(np.ceil((per_step / steps).max() * group.length))
     if len(seq.patches):
-        samples = [sample_windows(group, config, np.random.default_rng([1, i])) for i in range(64)]
-        most = max(_distinct_patches(seq, windows) for windows in samples)
-        group.num_patches = min(int(np.ceil(most * 1.1 / 32)) * 32, group.max_patches)
+        most = max(_distinct_patches(seq, rows) for rows in _samples(group, config, 1, 64))
+        group.num_patches = min(
+            int(np.ceil(most * 1.1 / 32)) * 32, group.max_patches(group.batch_size)
+        )
     return group
 
 
-def _distinct_patches(seq: TokenSequence, windows: list[list[tuple[int, int]]]) -> int:
-    patch = np.concatenate([seq.patch[a:b] for spans in windows for a, b in spans])
+def _set_batch_size(group: Group, config: DataConfig) -> None:
+    multiple = config.rows_multiple
+    group.batch_size = max(1, config.batch_tokens // group.length // multiple) * multiple
+
+
+def _samples(group: Group, config: DataConfig, stream: int, count: int) -> list[list[Row]]:
+    """The rows of some batches that training does not see, to measure shapes with."""
+    batches = (range(i * group.batch_size, (i + 1) * group.batch_size) for i in range(count))
+    return [
+        [draw_row(group, config, np.random.default_rng([stream, r])) for r in numbers]
+        for numbers in batches
+    ]
+
+
+def padding_share(group: Group, config: DataConfig) -> float:
+    """Share of a batch's tokens that are padding, from a sample of 256 rows or more."""
+    count = -(-256 // group.batch_size)
+    rows = [row for batch in _samples(group, config, 2, count) for row in batch]
+    return 1.0 - float(np.mean([sum(w.tokens for w in row) for row in rows])) / group.length
+
+
+def _distinct_patches(seq: TokenSequence, rows: Sequence[Row]) -> int:
+    patch = np.concatenate([seq.patch[a:b] for row in rows for w in row for a, b in w.spans])
     return len(np.unique(patch[patch >= 0]))
 
 
-def sample_windows(
-    group: Group, config: DataConfig, rng: np.random.Generator
-) -> list[list[tuple[int, int]]]:
-    """Token spans for each row of a batch: tasks alike, timesteps alike within a task."""
-    names = list(group.tasks)
-    rows = []
-    for _ in range(group.batch_size):
-        task = group.tasks[names[rng.integers(len(names))]]
-        anchor = int(rng.integers(task.episodes[0, 0], task.episodes[-1, 1]))
-        rows.append(_row(group, task, anchor, config, rng))
-    return rows
+def draw_row(
+    group: Group, config: DataConfig, rng: np.random.Generator, held_out: bool = False
+) -> Row:
+    """The windows of one row: tasks alike, timesteps alike within a task.
+
+    `held_out` draws the windows, but not the prompts, from episodes that training never sees.
+    """
+    names = [n for n, t in group.tasks.items() if not held_out or t.held_out]
+    row, budget = [], group.length
+    while not row or group.packed:
+        name = names[rng.integers(len(names))]
+        task = group.tasks[name]
+        episodes = task.unseen if held_out else task.seen
+        anchor = int(rng.integers(episodes[0, 0], episodes[-1, 1]))
+        spans = _spans(group, task, anchor, budget, config.prompt_fraction, rng)
+        if not spans:
+            break
+        row.append(Window(name, spans))
+        budget -= row[-1].tokens
+    return row
 
 
-def _row(
+def _spans(
     group: Group,
     task: TaskData,
     anchor: int,
-    config: DataConfig,
+    budget: int,
+    prompt_fraction: float,
     rng: np.random.Generator,
 ) -> list[tuple[int, int]]:
     """A window around a step, with a prompt in front of it in `prompt_fraction` of cases (2.3).
 
-    A prompt is whole steps of another episode of the task, at most half of the context: half of
-    them from the episode's end, half from anywhere. The window is as many whole steps as fit, with
-    the anchor anywhere in it, moved back inside the episode at its end: an episode's last steps,
-    which earn the reward, are seen nearly as often as others.
+    A prompt is whole steps of another episode of the task, at most half of the room: half of them
+    from the episode's end, half from anywhere. The window is as many whole steps as fit, with the
+    anchor anywhere in it, moved back inside the episode at its end: an episode's last steps, which
+    earn the reward, are seen nearly as often as others. Empty where the step does not fit.
     """
     offsets = group.seq.offsets
     index = int(np.searchsorted(task.episodes[:, 1], anchor, side="right"))
     begin, end = task.episodes[index]
-    spans, budget = [], group.length
-    if len(task.episodes) > 1 and rng.random() < config.prompt_fraction:
-        other = int(rng.integers(len(task.episodes) - 1))
-        start, last = task.episodes[other + (other >= index)]
+    step = int(offsets[anchor + 1] - offsets[anchor])
+    if step > budget:
+        return []
+    spans = []
+    others = len(task.seen) - (index < len(task.seen))
+    if others > 0 and rng.random() < prompt_fraction:
+        other = int(rng.integers(others))
+        start, last = task.seen[other + (other >= index)]
         if rng.random() >= 0.5:
             last = int(rng.integers(start, last)) + 1  # anywhere; otherwise the episode's end
-        first = max(start, int(np.searchsorted(offsets, offsets[last] - group.length // 2)))
+        room = min(budget // 2, budget - step)
+        first = max(start, int(np.searchsorted(offsets, offsets[last] - room)))
         if first < last:
             spans.append((int(offsets[first]), int(offsets[last])))
             budget -= spans[0][1] - spans[0][0]
@@ -150,19 +301,81 @@ def _row(
     return spans
 
 
-def group_batch(group: Group, config: DataConfig, rng: np.random.Generator) -> Batch:
-    """One training batch of this group."""
-    windows = sample_windows(group, config, rng)
-    num_patches = group.num_patches
-    if num_patches and _distinct_patches(group.seq, windows) > num_patches:
-        num_patches = group.max_patches  # a rare second shape; nothing is dropped
-    return make_batch(
-        group.seq, windows, group.length, group.num_targets, num_patches, config.text_loss, rng
+def group_batch(
+    group: Group,
+    config: DataConfig,
+    seed: int,
+    placement: Placement = Placement(),  # noqa: B008 (frozen)
+    held_out: bool = False,
+) -> Sample:
+    """This process's rows of the batch that `seed` names; patches in slots for each of its parts.
+
+    Held-out batches take the means of patch intervals, as evaluation does.
+    """
+    mine = placement.rows(placement.process, group.batch_size)
+    many = len(placement.owners) > 1
+    needed = range(group.batch_size) if many and len(group.seq.patches) else mine
+    rngs = {int(r): np.random.default_rng([seed, r]) for r in needed}
+    rows = {r: draw_row(group, config, rng, held_out) for r, rng in rngs.items()}
+    slots = 0  # for patches, in each part of the batch
+    if group.num_patches:
+        slots = -(-group.num_patches // placement.parts)
+        for process, parts in enumerate(placement.owners):
+            theirs = [rows[int(r)] for r in placement.rows(process, group.batch_size)]
+            if _distinct_patches(group.seq, theirs) > slots * len(parts):
+                # A rare second shape, the same on every process; nothing is dropped.
+                slots = group.max_patches(group.batch_size // placement.parts)
+                break
+    local = [rows[int(r)] for r in mine]
+    batch = make_batch(
+        group.seq,
+        [[span for w in row for span in w.spans] for row in local],
+        group.length,
+        group.num_targets,
+        slots * len(placement.mine),
+        config.text_loss,
+        None if held_out else [rngs[int(r)] for r in mine],
+        [[n for n, w in enumerate(row) for _ in w.spans] for row in local]
+        if group.packed
+        else None,
     )
+    # From slots of this process to slots of the global batch.
+    index = np.arange(slots * len(placement.mine) + 1)
+    for i, part in enumerate(placement.mine):
+        index[i * slots : (i + 1) * slots] = np.arange(part * slots, (part + 1) * slots)
+    index[-1] = slots * placement.parts  # no patch
+    batch = batch._replace(patch=index[batch.patch].astype(np.int32))
+    tasks = tuple(dict.fromkeys(w.task for row in local for w in row))
+    return Sample(group.name, batch, tasks)
+
+
+class Batches:
+    """An endless iterator of samples whose position can be saved and restored.
+
+    `state` is what grain says of its iterator: plain JSON, the number of samples taken.
+    """
+
+    def __init__(self, dataset: grain.MapDataset):
+        # Prepared ahead of time by one thread.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        self._iterator = iter(dataset.to_iter_dataset(options))
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Sample:
+        return next(self._iterator)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._iterator.get_state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._iterator.set_state(dict(state))
 
 
 class Mixture:
-    """Batches by number; `iterate(start)` goes on from any of them."""
+    """Batches by number, of domains by weight; and validation batches of held-out episodes."""
 
     def __init__(self, groups: Sequence[Group], config: DataConfig):
         self.groups = list(groups)
@@ -171,61 +384,57 @@ class Mixture:
         unknown = sorted(set(weights) - {g.name for g in groups})
         if unknown:
             raise ValueError(f"weights name {unknown}, the mixture has {[g.name for g in groups]}")
-        self._weights = [weights.get(g.name, 1.0) for g in self.groups]
+        weights = {g.name: weights.get(g.name, 1.0) for g in self.groups}
+        self.weights = {n: w / sum(weights.values()) for n, w in weights.items()}
 
-    def _dataset(self, seed: int) -> grain.MapDataset:
-        def source(number: int, group: Group) -> grain.MapDataset:
+    def dataset(self, seed: int = 0, placement: Placement = Placement()) -> grain.MapDataset:  # noqa: B008
+        """Samples by number. `seed` is the training run's: other batches of one data set."""
+
+        def source(group: Group) -> grain.MapDataset:
+            def draw(_: Any, rng: np.random.Generator) -> Sample:
+                return group_batch(group, self.config, int(rng.integers(2**63)), placement)
+
             # An endless source of batch numbers; each batch draws from its own generator.
-            return (
-                grain.MapDataset.range(1)
-                .repeat()
-                .seed((self.config.seed + 1000 * seed) * 1000 + number)
-                .random_map(lambda _, rng, g=group: (number, group_batch(g, self.config, rng)))
-            )
+            own = f"{self.config.seed} {seed} {group.name}"
+            number = int.from_bytes(hashlib.sha256(own.encode()).digest()[:4])
+            return grain.MapDataset.range(1).repeat().seed(number).random_map(draw)
 
-        return grain.MapDataset.mix(
-            [source(i, g) for i, g in enumerate(self.groups)], weights=self._weights
-        )
+        sources = [source(group) for group in self.groups]
+        return grain.MapDataset.mix(sources, weights=[self.weights[g.name] for g in self.groups])
 
-    def __getitem__(self, index: int) -> tuple[str, Batch]:
-        number, batch = self._dataset(0)[index]
-        return self.groups[number].name, batch
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset()[index]
 
-    def iterate(self, start: int = 0, seed: int = 0) -> Iterator[tuple[str, Batch]]:
-        """Batches from number `start` on, prepared ahead of time by one thread.
+    def iterate(self, seed: int = 0, placement: Placement = Placement()) -> Batches:  # noqa: B008
+        """Samples from the first on."""
+        return Batches(self.dataset(seed, placement))
 
-        `seed` is the training run's: runs with different seeds see different batches of one data
-        set.
-        """
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-        iterator = iter(self._dataset(seed).to_iter_dataset(options))
-        state: dict[str, Any] = iterator.get_state()
-        iterator.set_state(state | {"next_index": start})
-        for number, batch in iterator:
-            yield self.groups[number].name, batch
+    def validation(self, placement: Placement = Placement()) -> list[Sample]:  # noqa: B008
+        """The same batches of held-out episodes at every call, some of each domain that has any."""
+        return [
+            group_batch(group, self.config, number, placement, held_out=True)
+            for group in self.groups
+            if any(task.held_out for task in group.tasks.values())
+            for number in range(VALIDATION_BATCHES)
+        ]
 
     def describe(self) -> list[dict[str, Any]]:
         """One row a group: shapes, windows, weight and padding, for tables."""
-        total = sum(self._weights)
-        rows = []
-        for group, weight in zip(self.groups, self._weights, strict=True):
-            sample = [
-                sample_windows(group, self.config, np.random.default_rng([2, i])) for i in range(16)
-            ]
-            used = np.mean([sum(b - a for a, b in spans) for w in sample for spans in w])
-            rows.append(
-                {
-                    "domain": group.name,
-                    "tasks": len(group.tasks),
-                    "episodes": sum(len(t.episodes) for t in group.tasks.values()),
-                    "timesteps": group.seq.steps,
-                    "tokens": len(group.seq),
-                    "weight": weight / total,
-                    "batch": group.batch_size,
-                    "length": group.length,
-                    "targets": group.num_targets,
-                    "patches": group.num_patches,
-                    "padding": 1.0 - used / group.length,
-                }
-            )
-        return rows
+        return [
+            {
+                "domain": group.name,
+                "tasks": len(group.tasks),
+                "episodes": sum(len(t.episodes) for t in group.tasks.values()),
+                "held out": sum(t.held_out for t in group.tasks.values()),
+                "timesteps": group.seq.steps,
+                "tokens": len(group.seq),
+                "weight": self.weights[group.name],
+                "batch": group.batch_size,
+                "length": group.length,
+                "targets": group.num_targets,
+                "patches": group.num_patches,
+                "packed": group.packed,
+                "padding": padding_share(group, self.config),
+            }
+            for group in self.groups
+        ]

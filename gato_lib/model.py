@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from gato_lib import tokenizers
 from gato_lib.config import ModelConfig
-from gato_lib.embedding import Embedding, table_row
-from gato_lib.sequence import Batch
+from gato_lib.distributed import constrain
+from gato_lib.embedding import PATCH_CHANNELS, Embedding, num_rows, table_row
+from gato_lib.sequence import MODALITIES, Batch
 from gato_lib.transformer import Transformer
 
 
@@ -26,15 +27,16 @@ class Gato(nnx.Module):
         self.transformer = Transformer(config, rngs=rngs)
 
     def hidden(self, batch: Batch, key: jax.Array | None = None) -> Float[Array, "B T D"]:
-        """Final hidden states. `key` is for training (stochastic depth)."""
+        """Final hidden states. `key` is for training (stochastic depth, dropout)."""
         x = self.embedding(*batch[:6])
-        return self.transformer(x, key)
+        return self.transformer(x, key, batch.segments)
 
     def target_logits(self, batch: Batch, key: jax.Array | None = None) -> Float[Array, "R V"]:
         """Logits at the K target positions of each row only, R = B * K."""
         h = self.hidden(batch, key)
         h = jnp.take_along_axis(h, batch.target_positions[..., None], axis=1)
-        return self.embedding.logits(h.reshape(-1, h.shape[-1]))
+        h = constrain(h.reshape(-1, h.shape[-1]), "rows", None)
+        return constrain(self.embedding.logits(h), "rows", None)
 
 
 def cross_entropy(
@@ -59,6 +61,17 @@ def cross_entropy(
     return jnp.where(continuous, -(weight * bins).sum(axis=-1), hard)
 
 
+def modality_losses(
+    model: Gato, batch: Batch, key: jax.Array | None = None, soft_sigma: float = 0.0
+) -> tuple[Float[Array, " 3"], Float[Array, " 3"]]:
+    """Sum of -log p over targets, and their number, for each of `MODALITIES`."""
+    logits = model.target_logits(batch, key)
+    losses = cross_entropy(logits, batch.target_ids.reshape(-1), model.config, soft_sigma)
+    weights = batch.target_weights.reshape(-1)
+    kinds = jax.nn.one_hot(batch.target_kinds.reshape(-1), len(MODALITIES)) * weights[:, None]
+    return (losses[:, None] * kinds).sum(axis=0), kinds.sum(axis=0)
+
+
 def masked_loss(
     model: Gato, batch: Batch, key: jax.Array | None = None, soft_sigma: float = 0.0
 ) -> Float[Array, ""]:
@@ -67,10 +80,38 @@ def masked_loss(
     The paper writes a sum and leaves normalisation open; a mean over targets keeps the learning
     rate's meaning across batch shapes.
     """
-    logits = model.target_logits(batch, key)
-    losses = cross_entropy(logits, batch.target_ids.reshape(-1), model.config, soft_sigma)
-    weights = batch.target_weights.reshape(-1)
-    return (losses * weights).sum() / jnp.maximum(weights.sum(), 1.0)
+    sums, counts = modality_losses(model, batch, key, soft_sigma)
+    return sums.sum() / jnp.maximum(counts.sum(), 1.0)
+
+
+def forward_flops(
+    config: ModelConfig, sequences: int, length: int, targets: int, patches: int
+) -> dict[str, float]:
+    """Floating-point operations of the matrix products of one forward pass, by part.
+
+    `targets` and `patches` are of the whole batch. A product of m x k and k x n is 2mkn. The
+    T x T products are counted whole, though half of each is masked. Training is three times as
+    much: the backward pass makes two products of each.
+    """
+    c, inner, channels = config, config.num_heads * config.head_dim, PATCH_CHANNELS
+    tokens = sequences * length
+    relative = c.sequence_positions == "relative"
+    gated = c.feed_forward != "gelu"
+    hidden = c.mlp_dim // 2 if c.feed_forward == "geglu" else c.mlp_dim
+    # Squared: taps along one axis that meet the image, summed over the outputs.
+    convolutions = 23**2 * 3 * channels + (11**2 + 10**2 + 4**2) * channels**2
+    patch = convolutions + 4 * channels * c.width
+    if c.patch_embedder == "linear":
+        patch = 16 * 16 * 3 * c.width
+    return {
+        "attention, projections": c.depth * 2 * tokens * c.width * 4 * inner,
+        "attention, distances": c.depth * 2 * length * c.width * inner * relative,
+        "attention, T x T": c.depth * 2 * tokens * length * (2 + relative) * inner,
+        "feed-forward up": c.depth * 2 * tokens * c.width * hidden * (1 + gated),
+        "feed-forward down": c.depth * 2 * tokens * c.width * hidden,
+        "head": 2 * targets * c.width * num_rows(c),
+        "patches": 2 * patches * patch,
+    }
 
 
 def count_parameters(config: ModelConfig) -> int:

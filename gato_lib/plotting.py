@@ -17,6 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gato_lib import distributed
 from gato_lib.files import write_bytes
 
 NARROW, WIDE = 3.3, 6.8  # inches: one column and two
@@ -58,10 +59,14 @@ def save(
 ) -> pathlib.Path:
     """Write `name`.png, .svg and .json (where the figure came from) into `folder`.
 
+    Only process 0 of a run on several hosts writes.
+
     `inputs` are the files the numbers were read from; their sha256 go into the JSON, and nothing
     that changes between runs does, so the same rows give the same bytes.
     """
     folder = pathlib.Path(folder)
+    if not distributed.is_writer():
+        return folder / f"{name}.png"
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         data = io.BytesIO()

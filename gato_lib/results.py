@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from gato_lib import distributed
 from gato_lib.files import write_text
 
 COLUMNS = (
@@ -89,13 +90,17 @@ def row(
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Write rows as CSV, whole or not at all; raises ValueError for a missing or unknown column."""
+    """Write rows as CSV, whole or not at all, and return them; only process 0 writes.
+
+    Raises ValueError for a missing or unknown column.
+    """
     frame = pd.DataFrame(list(rows))
     if set(frame.columns) != set(COLUMNS):
         odd = sorted(set(frame.columns) ^ set(COLUMNS))
         raise ValueError(f"{path}: result columns differ in {odd}")
     frame = frame[list(COLUMNS)]
-    write_text(path, frame.to_csv(index=False, float_format="%.10g"))
+    if distributed.is_writer():
+        write_text(path, frame.to_csv(index=False, float_format="%.10g"))
     return frame
 
 

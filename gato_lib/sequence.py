@@ -315,18 +315,18 @@ def patch_intervals(height: int, width: int) -> np.ndarray:
 
 
 def patch_positions(
-    intervals: np.ndarray, rng: np.random.Generator | None
+    intervals: np.ndarray, draws: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row and column indices in [0, 128) for intervals (..., 4).
 
-    Training (`rng` given): drawn uniformly from each interval, anew at every call. Evaluation:
-    the rounded mean of the interval (App. C.3).
+    Training: `draws` (..., 2), uniform in [0, 1), place an index in each interval, anew for every
+    image. Evaluation (None): the rounded mean of the interval (App. C.3).
     """
     low, high = intervals[..., 0::2], intervals[..., 1::2]
-    if rng is None:
+    if draws is None:
         index = np.round((low + high) / 2).astype(np.int32)
     else:
-        index = low + (rng.random(low.shape) * (high - low)).astype(np.int32)
+        index = low + (draws * (high - low)).astype(np.int32)
     index = np.minimum(index, PATCH_LEVELS - 1)
     return index[..., 0], index[..., 1]
 
@@ -582,6 +582,9 @@ def concatenate(sequences: Sequence[TokenSequence]) -> TokenSequence:
 # --- batches --------------------------------------------------------------------------------------
 
 
+MODALITIES = ("text", "discrete", "continuous")  # of targets: documents, instructions; actions
+
+
 class Batch(NamedTuple):
     """What the network is given: B sequences of T tokens, Q distinct patches, K targets each.
 
@@ -594,6 +597,9 @@ class Batch(NamedTuple):
       target_positions: int32 (B, K), the position that predicts the target: its own minus one.
       target_ids: int32 (B, K).
       target_weights: float32 (B, K), 1 for a target, 0 for an unused slot.
+      target_kinds: int32 (B, K), index into `MODALITIES`.
+      segments: int32 (B, T), number of the window within its row, or None where every row is one
+        window. Tokens of different segments do not see each other.
     """
 
     ids: np.ndarray
@@ -605,6 +611,8 @@ class Batch(NamedTuple):
     target_positions: np.ndarray
     target_ids: np.ndarray
     target_weights: np.ndarray
+    target_kinds: np.ndarray
+    segments: np.ndarray | None = None
 
 
 def count_tokens(batch: Batch) -> int:
@@ -619,7 +627,8 @@ def make_batch(
     num_targets: int,
     num_patches: int,
     text_loss: bool = True,
-    rng: np.random.Generator | None = None,
+    rngs: Sequence[np.random.Generator] | None = None,
+    segments: Sequence[Sequence[int]] | None = None,
 ) -> Batch:
     """Cut windows out of one long sequence into fixed shapes.
 
@@ -628,20 +637,26 @@ def make_batch(
       windows: for each row of the batch, spans (first, last) of tokens, half-open, joined in
         order; a prompt is a first span. The rest of the row is padding.
       length: T. num_targets: K. num_patches: Q.
-      rng: draws patch positions (training); None takes interval means (evaluation).
+      rngs: one for each row, draw patch positions (training); None takes interval means
+        (evaluation).
+      segments: for each span the number of its segment, rising along the row; None makes the
+        whole row one segment.
 
     Raises ValueError where a row needs more than T tokens or K targets, or the batch more than Q
     distinct patches: nothing is dropped.
     """
     b = len(windows)
     take = np.full((b, length), -1, np.int64)
+    segment = None if segments is None else np.full((b, length), -1, np.int32)
     for row, spans in enumerate(windows):
         n = 0
-        for first, last in spans:
+        for number, (first, last) in enumerate(spans):
             m = n + last - first
             if m > length:
                 raise ValueError(f"row {row} needs {m} tokens or more, the shape holds {length}")
             take[row, n:m] = np.arange(first, last)
+            if segment is not None:
+                segment[row, n:m] = segments[row][number]
             n = m
     used = take >= 0
     at = lambda x, fill: np.where(used, x[take], np.asarray(fill, x.dtype))  # noqa: E731
@@ -650,6 +665,8 @@ def make_batch(
 
     target = (kinds == ACTION) | ((kinds == TEXT) & text_loss)
     target[:, 0] = False  # nothing comes before it
+    if segment is not None:
+        target[:, 1:] &= segment[:, 1:] == segment[:, :-1]
     counts = target.sum(axis=1)
     if counts.max(initial=0) > num_targets:
         raise ValueError(f"a row has {counts.max()} targets, the shape holds {num_targets}")
@@ -661,6 +678,9 @@ def make_batch(
     positions[rows_, slots] = cols_ - 1
     target_ids[rows_, slots] = ids[rows_, cols_]
     weights[rows_, slots] = 1.0
+    continuous = (target_ids >= tokenizers.CONTINUOUS_START) & (target_ids < tokenizers.SEPARATOR)
+    modality = np.where(continuous, 2, 1).astype(np.int32)
+    modality[rows_, slots] = np.where(kinds[rows_, cols_] == TEXT, 0, modality[rows_, slots])
 
     image = patch >= 0
     distinct, index = np.unique(patch[image], return_inverse=True)
@@ -673,6 +693,22 @@ def make_batch(
     patch_rows = np.zeros((b, length), np.int32)
     patch_cols = np.zeros((b, length), np.int32)
     if image.any():
-        r, c = patch_positions(seq.intervals[take[image]], rng)
+        draws = None
+        if rngs is not None:
+            numbers = image.sum(axis=1)
+            draws = np.concatenate([g.random((n, 2)) for g, n in zip(rngs, numbers, strict=True)])
+        r, c = patch_positions(seq.intervals[take[image]], draws)
         patch_rows[image], patch_cols[image] = r, c
-    return Batch(ids, local, slot, patch_rows, patch_cols, patches, positions, target_ids, weights)
+    return Batch(
+        ids,
+        local,
+        slot,
+        patch_rows,
+        patch_cols,
+        patches,
+        positions,
+        target_ids,
+        weights,
+        modality,
+        segment,
+    )

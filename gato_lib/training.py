@@ -1,34 +1,45 @@
-"""Behaviour cloning with the masked loss (paper 2.3, App. D)."""
+"""Behaviour cloning with the masked loss (paper 2.3, App. D), on any number of devices."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gato_lib import distributed
 from gato_lib.checkpoint import Checkpointer
 from gato_lib.config import ModelConfig, TrainConfig
-from gato_lib.mixture import Mixture
-from gato_lib.model import Gato, masked_loss
-from gato_lib.sequence import count_tokens
+from gato_lib.distributed import Placement
+from gato_lib.mixture import Mixture, Sample
+from gato_lib.model import Gato, forward_flops, modality_losses
+from gato_lib.sequence import MODALITIES, PADDING_POSITION, Batch
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW, linear warm-up, cosine decay to a tenth (App. D)."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=min(config.start_lr, config.peak_lr),
-        peak_value=config.peak_lr,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.steps,
-        end_value=config.peak_lr * config.final_lr_factor,
-    )
+    """AdamW with a linear warm-up, then cosine decay (App. D) or a constant rate (App. E)."""
+    start = min(config.start_lr, config.peak_lr)
+    if config.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=start,
+            peak_value=config.peak_lr,
+            warmup_steps=config.warmup_steps,
+            decay_steps=config.steps,
+            end_value=config.peak_lr * config.final_lr_factor,
+        )
+    elif config.warmup_steps:
+        schedule = optax.linear_schedule(start, config.peak_lr, config.warmup_steps)
+    else:
+        schedule = optax.constant_schedule(config.peak_lr)
     adamw = optax.adamw(
         schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay
     )
@@ -43,11 +54,21 @@ def graph_of(model: ModelConfig) -> Any:
     return nnx.split(shell, nnx.Param)[0]
 
 
-def initial_state(model: ModelConfig, config: TrainConfig) -> dict[str, Any]:
-    """{"params", "opt"} at step 0, plain pytrees of arrays."""
-    _, params = nnx.split(Gato(model, rngs=nnx.Rngs(config.seed)), nnx.Param)
-    params = nnx.to_pure_dict(params)
-    return {"params": params, "opt": optimizer(config).init(params)}
+def initial_state(
+    model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """{"params", "opt"} at step 0, plain pytrees of arrays; on a mesh made where they belong."""
+
+    def make() -> dict[str, Any]:
+        _, params = nnx.split(Gato(model, rngs=nnx.Rngs(config.seed)), nnx.Param)
+        params = nnx.to_pure_dict(params)
+        return {"params": params, "opt": optimizer(config).init(params)}
+
+    if mesh is None or mesh.size == 1:
+        return make()
+    shardings = distributed.state_shardings(jax.eval_shape(make), mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(make, out_shardings=shardings)()
 
 
 def merge(graph: Any, params: Any) -> Gato:
@@ -55,36 +76,191 @@ def merge(graph: Any, params: Any) -> Gato:
     return nnx.merge(graph, nnx.State(params))
 
 
-@dataclasses.dataclass
-class Metrics:
-    """What `train` reports: averages since the last report."""
+class StepReport(NamedTuple):
+    """What an update returns, whole on every device.
 
-    step: int
-    loss: dict[str, float]  # by domain
-    gradient_norm: float
-    tokens: int  # seen so far, padding not counted
-    tokens_per_second: float
-    seconds_left: float
-    data_wait: float  # share of time spent waiting for batches
-    padding: float  # share of tokens that are padding
+    Attributes:
+      loss_sums: (3,), sums of -log p by `MODALITIES`. counts: (3,), numbers of targets.
+      gradient_norm: global, before clipping. tokens: of the batch, padding not counted.
+    """
+
+    loss_sums: jax.Array
+    counts: jax.Array
+    gradient_norm: jax.Array
+    tokens: jax.Array
 
 
-def make_step(graph: Any, config: TrainConfig, train_key: jax.Array):
-    """The jitted update: (state, step, batch) -> (state, loss, gradient norm)."""
+def make_step(graph: Any, config: TrainConfig, train_key: jax.Array, mesh: Mesh | None = None):
+    """The jitted update: (state, step, batch) -> (state, StepReport).
+
+    With a mesh, call and lower it inside `jax.set_mesh(mesh)`.
+    """
     tx = optimizer(config)
 
     def step_fn(state, step, batch):
         key = jax.random.fold_in(train_key, step)
 
         def loss_fn(params):
-            return masked_loss(merge(graph, params), batch, key, config.soft_sigma)
+            sums, counts = modality_losses(merge(graph, params), batch, key, config.soft_sigma)
+            return sums.sum() / jnp.maximum(counts.sum(), 1.0), (sums, counts)
 
-        loss, grads = jax.value_and_grad(loss_fn)(state["params"])
+        (_, report), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
         updates, opt = tx.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        return {"params": params, "opt": opt}, loss, optax.tree.norm(grads)
+        tokens = (batch.local != PADDING_POSITION).sum()
+        report = StepReport(*report, optax.tree.norm(grads), tokens)
+        state = {"params": params, "opt": opt}
+        if mesh is not None:
+            state = jax.lax.with_sharding_constraint(
+                state, distributed.state_shardings(state, mesh)
+            )
+            report = jax.lax.with_sharding_constraint(report, NamedSharding(mesh, PartitionSpec()))
+        return state, report
 
     return jax.jit(step_fn, donate_argnums=0)
+
+
+def make_validation(graph: Any, config: TrainConfig, mesh: Mesh | None = None):
+    """Jitted (params, batch) -> sum of -log p and number of targets."""
+
+    def validate(params, batch):
+        both = modality_losses(merge(graph, params), batch, None, config.soft_sigma)
+        return jnp.stack(both).sum(axis=1)
+
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(validate, out_shardings=whole)
+
+
+# --- what a run reports ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Metrics:
+    """What `train` reports: averages since the last report.
+
+    Attributes:
+      loss: by domain, nats a target. modality_loss: by `MODALITIES`, those that had targets.
+      validation_loss: by domain, on held-out episodes; empty where this step was not validated.
+      gradient_norm: global norm, before clipping.
+      tokens: seen so far, padding not counted. tokens_per_second: likewise.
+      flops_share: of the peak of a matrix product measured at the start (model FLOPs utilisation).
+      data_wait: share of the time spent waiting for batches. padding: share of tokens.
+    """
+
+    step: int
+    loss: dict[str, float]
+    modality_loss: dict[str, float]
+    validation_loss: dict[str, float]
+    gradient_norm: float
+    tokens: int
+    tokens_per_second: float
+    flops_share: float
+    seconds_left: float
+    data_wait: float
+    padding: float
+
+
+@functools.cache
+def matmul_peak(dtype: str = "float32", side: int = 0) -> float:
+    """FLOP/s of a product of two square matrices on the local devices, the best of several.
+
+    The simulated devices of a CPU share its cores and count as one.
+    """
+    device = jax.local_devices()[0]
+    cpu = device.platform == "cpu"
+    side = side or (1024 if cpu else 8192)
+    x = jax.device_put(jnp.ones((side, side), dtype), device)
+    product = jax.jit(jnp.dot)
+    product(x, x).block_until_ready()
+    best = math.inf
+    for _ in range(8):
+        begin = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * side**3 / best * (1 if cpu else jax.local_device_count())
+
+
+def step_flops(model: ModelConfig, batch: Batch) -> float:
+    """Floating-point operations of an update's matrix products (`model.forward_flops`).
+
+    What is recomputed to save memory does not count.
+    """
+    b, t = batch.ids.shape
+    forward = forward_flops(model, b, t, batch.target_ids.size, batch.patches.shape[0])
+    return 3.0 * sum(forward.values())
+
+
+class _Tally:
+    """Sums over the steps since the last report. Arrays stay on their devices until `read`."""
+
+    def __init__(self, tokens: int = 0):
+        self.tokens = tokens  # of the whole run, up to the last report
+        self.size = 0  # tokens since then, with padding
+        self.waited = self.flops = 0.0
+        self.pending: list[tuple[str, tuple[str, ...], StepReport]] = []
+
+    def add(self, sample: Sample, size: int, flops: float, report: StepReport) -> None:
+        self.size, self.flops = self.size + size, self.flops + flops
+        self.pending.append((sample.domain, sample.tasks, report))
+
+    def read(self, done: int) -> None:
+        """Fetch what is pending.
+
+        Raises FloatingPointError naming the first step that is not finite, and its batch.
+        """
+        reports = jax.device_get([report for _, _, report in self.pending])
+        for offset, ((domain, tasks, _), report) in enumerate(
+            zip(self.pending, reports, strict=True)
+        ):
+            report = StepReport(*(np.asarray(x, np.float64) for x in report))
+            self.pending[offset] = (domain, tasks, report)
+            for what, value in (
+                ("loss", report.loss_sums.sum()),
+                ("gradient norm", report.gradient_norm),
+            ):
+                if not np.isfinite(value):
+                    step = done - len(self.pending) + offset
+                    raise FloatingPointError(
+                        f"{what} is {value} at step {step}, in a batch of domain {domain}, tasks "
+                        f"{', '.join(tasks)}"
+                    )
+
+    @property
+    def seen(self) -> int:
+        """Tokens since the last report, padding not counted."""
+        return int(sum(report.tokens for _, _, report in self.pending))
+
+    def losses(self) -> tuple[dict[str, float], dict[str, float], float]:
+        """Loss by domain (mean over batches), by modality (over targets), and gradient norm."""
+        domains: dict[str, list[float]] = {}
+        sums, counts = np.zeros(len(MODALITIES)), np.zeros(len(MODALITIES))
+        for domain, _, report in self.pending:
+            loss = report.loss_sums.sum() / max(report.counts.sum(), 1.0)
+            domains.setdefault(domain, []).append(float(loss))
+            sums, counts = sums + report.loss_sums, counts + report.counts
+        return (
+            {k: float(np.mean(v)) for k, v in sorted(domains.items())},
+            {m: float(sums[i] / counts[i]) for i, m in enumerate(MODALITIES) if counts[i]},
+            float(np.mean([report.gradient_norm for _, _, report in self.pending])),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What the next report averages over belongs to the state of the run."""
+        pending = [(d, t, [x.tolist() for x in report]) for d, t, report in self.pending]
+        return {"tokens": self.tokens, "size": self.size, "pending": pending}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> _Tally:
+        tally = cls(saved["tokens"])
+        tally.size = saved["size"]
+        tally.pending = [
+            (domain, tuple(tasks), StepReport(*map(np.asarray, report)))
+            for domain, tasks, report in saved["pending"]
+        ]
+        return tally
+
+
+# --- the run --------------------------------------------------------------------------------------
 
 
 def train(
@@ -93,6 +269,7 @@ def train(
     mixture: Mixture,
     checkpointer: Checkpointer | None = None,
     *,
+    mesh: Mesh | None = None,
     report_every: int = 100,
     save_every: int = 1000,
 ) -> Iterator[tuple[Metrics, Any]]:
@@ -100,70 +277,85 @@ def train(
 
     The parameters are given away to the next step: copy what is to outlive it.
 
-    Goes on from the checkpointer's latest checkpoint; the result does not depend on where a run
-    was cut. Raises FloatingPointError where the loss is not finite, naming the step and domain;
-    the last checkpoint stays.
+    `mesh` spreads parameters and batches over devices and processes (`distributed`); without it
+    everything is on one device. Every `save_every` steps, and at the end, the run is validated on
+    held-out episodes and, with a checkpointer, saved. It goes on from the latest checkpoint, on
+    whatever mesh; on one device the result does not depend on where a run was cut. Raises
+    FloatingPointError where the loss is not finite, naming step and batch; the last good
+    checkpoint stays.
     """
-    state = initial_state(model, config)
-    start, tokens, seen, padded, pending = 0, 0, 0, 0, []
+    mesh = None if mesh is None or mesh.size == 1 else mesh
+    placement = Placement() if mesh is None else Placement.of(mesh)
+    state = initial_state(model, config, mesh)
+    batches = mixture.iterate(config.seed, placement)
+    start, tally = 0, _Tally()
     if checkpointer is not None and checkpointer.latest() is not None:
         start, state, counters = checkpointer.restore(state)
-        tokens, seen, padded, pending = (
-            counters[k] for k in ("tokens", "seen", "padded", "pending")
-        )
-    step_fn = make_step(graph_of(model), config, jax.random.key(config.seed + 1))
-    batches = mixture.iterate(start, config.seed)
+        tally = _Tally.from_json(counters["tally"])
+        batches.restore(counters["data"])
+    if start == config.steps:
+        return
+    graph = graph_of(model)
+    step_fn = make_step(graph, config, jax.random.key(config.seed + 1), mesh)
+    evaluate = make_validation(graph, config, mesh)
+    held_out = mixture.validation(placement)
+    peak = matmul_peak(model.compute_dtype) * jax.process_count()
+
+    def on_mesh(function, *arguments):
+        """Call with the last argument, a batch, put where it belongs."""
+        if mesh is None:
+            return function(*arguments)
+        with jax.set_mesh(mesh):  # here only: a generator must not change its caller's mesh
+            return function(*arguments[:-1], distributed.place(arguments[-1], mesh, placement))
+
+    def validation_loss() -> dict[str, float]:
+        sums: dict[str, np.ndarray] = {}
+        for sample in held_out:
+            both = np.asarray(on_mesh(evaluate, state["params"], sample.batch), np.float64)
+            sums[sample.domain] = sums.get(sample.domain, 0.0) + both
+        return {domain: float(loss / max(count, 1.0)) for domain, (loss, count) in sums.items()}
+
+    scale = placement.parts / len(placement.mine)  # of the global batch to this process's part
     begin = since = time.perf_counter()
-    waited = 0.0
     for step in range(start, config.steps):
         before = time.perf_counter()
-        domain, batch = next(batches)
-        waited += time.perf_counter() - before
-        used = count_tokens(batch)
-        seen, padded = seen + used, padded + batch.ids.size - used
-        state, loss, norm = step_fn(state, np.int32(step), batch)
-        pending.append((domain, loss, norm))
+        sample = next(batches)
+        tally.waited += time.perf_counter() - before
+        state, report = on_mesh(step_fn, state, np.int32(step), sample.batch)
+        size, flops = sample.batch.ids.size, step_flops(model, sample.batch)
+        tally.add(sample, round(size * scale), flops * scale, report)
         done = step + 1
-        save = checkpointer is not None and (done % save_every == 0 or done == config.steps)
-        report = done % report_every == 0 or done == config.steps
-        if save or report:
-            _check_finite(pending, done)
-        if report:
-            now = time.perf_counter()
-            losses: dict[str, list[float]] = {}
-            for name, value, _ in pending:
-                losses.setdefault(name, []).append(float(value))
-            tokens += seen
-            rate = (done - start) / (now - begin)
-            yield (
-                Metrics(
-                    step=done,
-                    loss={k: float(np.mean(v)) for k, v in sorted(losses.items())},
-                    gradient_norm=float(np.mean([float(n) for _, _, n in pending])),
-                    tokens=tokens,
-                    tokens_per_second=seen / (now - since),
-                    seconds_left=(config.steps - done) / rate,
-                    data_wait=waited / (now - since),
-                    padding=padded / (seen + padded),
-                ),
-                state["params"],
+        save = done % save_every == 0 or done == config.steps
+        reported = done % report_every == 0 or done == config.steps
+        if save or reported:
+            tally.read(done)
+        now = time.perf_counter()
+        validated = validation_loss() if save else {}
+        if reported:
+            by_domain, by_modality, norm = tally.losses()
+            tokens = tally.tokens + tally.seen
+            metrics = Metrics(
+                step=done,
+                loss=by_domain,
+                modality_loss=by_modality,
+                validation_loss=validated,
+                gradient_norm=norm,
+                tokens=tokens,
+                tokens_per_second=tally.seen / (now - since),
+                flops_share=tally.flops / (now - since) / peak,
+                seconds_left=(config.steps - done) * (now - begin) / (done - start),
+                data_wait=tally.waited / (now - since),
+                padding=1.0 - tally.seen / tally.size,
             )
-            seen, padded, waited, pending, since = 0, 0, 0.0, [], time.perf_counter()
-        if save:
-            # What the next report averages over belongs to the state of the run.
-            counters = {
-                "tokens": tokens,
-                "seen": seen,
-                "padded": padded,
-                "pending": [(name, float(x), float(y)) for name, x, y in pending],
-            }
-            checkpointer.save(done, state, counters)
+            tally = _Tally(tokens)
+            yield metrics, state["params"]
+            since = time.perf_counter()
+        if save and checkpointer is not None:
+            counters = {"tally": tally.to_json(), "data": batches.state}
+            checkpointer.save(done, state, counters, _mean_over(mixture, validated))
 
 
-def _check_finite(pending: list[tuple[str, Any, Any]], done: int) -> None:
-    """Raise FloatingPointError naming the first step whose loss or gradient is not finite."""
-    for offset, (domain, loss, norm) in enumerate(pending):
-        for what, value in (("loss", float(loss)), ("gradient norm", float(norm))):
-            if not math.isfinite(value):
-                at = done - len(pending) + offset
-                raise FloatingPointError(f"{what} is {value} at step {at}, domain {domain}")
+def _mean_over(mixture: Mixture, losses: dict[str, float]) -> float | None:
+    """Mean validation loss by the mixture's weights; None where nothing is held out."""
+    weights = [mixture.weights[d] for d in losses]
+    return float(np.average(list(losses.values()), weights=weights)) if losses else None

@@ -9,17 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gato_lib.attention import attend, relative_features, sinusoids
 from gato_lib.config import ModelConfig
+from gato_lib.distributed import constrain
 from gato_lib.embedding import INIT
 
 
-def _linear(config: ModelConfig, i: int, o: int, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
+def _linear(
+    config: ModelConfig,
+    i: int | tuple[int, ...],
+    o: int | tuple[int, ...],
+    rngs: nnx.Rngs,
+    bias: bool = True,
+) -> nnx.LinearGeneral:
+    """A linear layer over the last axes `i`, to axes `o`. Axes of their own can be sharded."""
+    axis = tuple(range(-len(i), 0)) if isinstance(i, tuple) else -1
     init = nnx.initializers.truncated_normal(INIT)
     dtype = jnp.dtype(config.compute_dtype)
-    return nnx.Linear(i, o, use_bias=bias, kernel_init=init, dtype=dtype, rngs=rngs)
+    return nnx.LinearGeneral(
+        i, o, axis=axis, use_bias=bias, kernel_init=init, dtype=dtype, rngs=rngs
+    )
 
 
 class Attention(nnx.Module):
@@ -33,27 +44,29 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         n, h, d = config.num_heads, config.head_dim, config.width
-        self.qkv = _linear(config, d, 3 * n * h, rngs)
-        self.out = _linear(config, n * h, d, rngs)
+        self.qkv = _linear(config, d, (3, n, h), rngs)
+        self.out = _linear(config, (n, h), d, rngs)
         if config.sequence_positions == "relative":
-            self.relative = _linear(config, d, n * h, rngs, bias=False)
+            self.relative = _linear(config, d, (n, h), rngs, bias=False)
             self.content_bias = nnx.Param(jnp.zeros((n, h)))
             self.distance_bias = nnx.Param(jnp.zeros((n, h)))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], segments: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
         c = self.config
         b, t, _ = x.shape
         # (B*T, D) -> (B, T, N, H), three times
         qkv = self.qkv(x.reshape(b * t, -1)).reshape(b, t, 3, c.num_heads, c.head_dim)
+        qkv = constrain(qkv, "batch", None, None, "heads", None)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         q_distance, r = q, None
         if c.sequence_positions == "relative":
-            r = self.relative(jnp.asarray(relative_features(t, c.width), x.dtype))
-            r = r.reshape(t, c.num_heads, c.head_dim)
+            r = self.relative(jnp.asarray(relative_features(t, c.width), x.dtype))  # T N H
             q_distance = q + self.distance_bias[...].astype(x.dtype)[None, None]
             q = q + self.content_bias[...].astype(x.dtype)[None, None]
-        y = attend(q, q_distance, k, v, r, c.attention)
-        return self.out(y.reshape(b * t, -1)).reshape(b, t, -1)
+        y = attend(q, q_distance, k, v, r, c.attention, segments)
+        return self.out(y.reshape(b * t, c.num_heads, c.head_dim)).reshape(b, t, -1)
 
 
 class FeedForward(nnx.Module):
@@ -65,18 +78,15 @@ class FeedForward(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, m = config.width, config.mlp_dim
         self.gated = config.feed_forward != "gelu"
-        up = 2 * m if config.feed_forward == "geglu_full" else m
-        self.up = _linear(config, d, up, rngs)
-        self.down = _linear(config, up // 2 if self.gated else up, d, rngs)
+        hidden = m // 2 if config.feed_forward == "geglu" else m
+        self.up = _linear(config, d, (2 if self.gated else 1, hidden), rngs)
+        self.down = _linear(config, hidden, d, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         b, t, d = x.shape
-        h = self.up(x.reshape(b * t, d))  # (B*T, F), or gates and values of (B*T, F) each
-        if self.gated:
-            gate, value = jnp.split(h, 2, axis=-1)
-            h = jax.nn.gelu(gate) * value
-        else:
-            h = jax.nn.gelu(h)
+        h = self.up(x.reshape(b * t, d))  # (B*T, 2, F), gates and values, or (B*T, 1, F)
+        h = constrain(h, "batch", None, "hidden")
+        h = jax.nn.gelu(h[:, 0]) * h[:, 1] if self.gated else jax.nn.gelu(h[:, 0])
         return self.down(h).reshape(b, t, d)
 
 
@@ -87,21 +97,37 @@ class Block(nnx.Module):
         norm = lambda: nnx.LayerNorm(  # noqa: E731
             config.width, dtype=jnp.dtype(config.compute_dtype), rngs=rngs
         )
-        self.rate = config.stochastic_depth
+        self.skip, self.dropout = config.stochastic_depth, config.dropout
         self.norm1, self.attention = norm(), Attention(config, rngs=rngs)
         self.norm2, self.feed_forward = norm(), FeedForward(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        key: jax.Array | None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
         keys = (None, None) if key is None else jax.random.split(key)
-        x = x + self._drop(self.attention(self.norm1(x)), keys[0])
+        x = constrain(x, "batch", None, None)
+        x = x + self._drop(self.attention(self.norm1(x), segments), keys[0])
+        x = constrain(x, "batch", None, None)
         return x + self._drop(self.feed_forward(self.norm2(x)), keys[1])
 
     def _drop(self, y: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
-        """Stochastic depth: a sequence skips this sub-layer; kept ones are scaled up (App. C)."""
-        if key is None or self.rate == 0.0:
+        """Regularisation of a sub-layer's output, in training only.
+
+        Stochastic depth: a sequence skips this sub-layer; kept ones are scaled up (App. C).
+        Dropout: single values (App. E, fine-tuning).
+        """
+        if key is None:
             return y
-        keep = jax.random.bernoulli(key, 1.0 - self.rate, (y.shape[0], 1, 1))
-        return jnp.where(keep, y / (1.0 - self.rate), 0.0).astype(y.dtype)
+        if self.skip > 0.0:
+            keep = jax.random.bernoulli(key, 1.0 - self.skip, (y.shape[0], 1, 1))
+            y = jnp.where(keep, y / (1.0 - self.skip), 0.0).astype(y.dtype)
+        if self.dropout > 0.0:
+            keep = jax.random.bernoulli(jax.random.fold_in(key, 1), 1.0 - self.dropout, y.shape)
+            y = jnp.where(keep, y / (1.0 - self.dropout), 0.0).astype(y.dtype)
+        return y
 
 
 class Transformer(nnx.Module):
@@ -125,9 +151,15 @@ class Transformer(nnx.Module):
         return [nnx.merge(graph, tree.unflatten(layer)) for layer in each]
 
     def __call__(
-        self, x: Float[Array, "B T D"], key: jax.Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        key: jax.Array | None = None,
+        segments: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """`key` turns stochastic depth on (training); None is evaluation."""
+        """`key` turns stochastic depth and dropout on (training); None is evaluation.
+
+        Tokens of a row meet only those of their own segment; without `segments` all of the row.
+        """
         c = self.config
         if c.sequence_positions == "sinusoidal":
             # As large as the learned rows: a sinusoid's root mean square is sqrt(1/2).
@@ -136,12 +168,15 @@ class Transformer(nnx.Module):
         keys = None if key is None else jax.random.split(key, c.depth)
         if c.scan_layers:
             graph, stacked = nnx.split(self.blocks)
-            body = lambda x, layer: (nnx.merge(graph, layer[0])(x, layer[1]), None)  # noqa: E731
+            body = lambda x, layer: (  # noqa: E731
+                nnx.merge(graph, layer[0])(x, layer[1], segments),
+                None,
+            )
             if c.remat:
                 body = jax.checkpoint(body, prevent_cse=False)
             x, _ = jax.lax.scan(body, x, (stacked, keys))
         else:
-            call = lambda block, x, key: block(x, key)  # noqa: E731
+            call = lambda block, x, key: block(x, key, segments)  # noqa: E731
             if c.remat:
                 call = nnx.remat(call)
             for i, block in enumerate(self.layers()):

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import pathlib
 import time
@@ -20,8 +21,9 @@ from typing import Any
 
 import jax
 import pandas as pd
+from jax.sharding import Mesh
 
-from gato_lib import collection, domains, results
+from gato_lib import collection, distributed, domains, results
 from gato_lib.agent import Agent
 from gato_lib.checkpoint import Checkpointer, read_meta
 from gato_lib.config import (
@@ -37,7 +39,7 @@ from gato_lib.episodes import Episode, flatten
 from gato_lib.evaluation import rollouts
 from gato_lib.files import write_bytes, write_text
 from gato_lib.mixture import Mixture, build_group
-from gato_lib.sequence import Tokenizer, TokenSequence
+from gato_lib.sequence import MODALITIES, Tokenizer, TokenSequence
 from gato_lib.tokenizers import TextTokenizer, train_text_tokenizer
 from gato_lib.training import Metrics, initial_state, train
 
@@ -46,6 +48,7 @@ TRAINING_CODE = tuple(
     f"{name}.py"
     for name in (
         "config",
+        "distributed",
         "tokenizers",
         "episodes",
         "sequence",
@@ -150,15 +153,17 @@ def prepare(run: Run, config: DataConfig) -> Prepared:
     """Collect what is missing, tokenize it, and build the mixture. Prints progress."""
     wanted = collections(run, config)
     progress = Progress()
-    for line in collection.collect(wanted):
-        progress(line)
+    with distributed.writer_first("collect"):
+        for line in collection.collect(wanted) if distributed.is_writer() else ():
+            progress(line)
     episodes: dict[str, list[Episode]] = {}
     cards = []
     for number, item in enumerate(wanted):
         progress(f"reading {item.task} ({number + 1} of {len(wanted)})")
         episodes[item.task], card = collection.load(item)
         cards.append(card)
-    text = _text_tokenizer(run, config, episodes)
+    with distributed.writer_first("text"):
+        text = _text_tokenizer(run, config, episodes)
     groups: dict[str, dict[str, list[TokenSequence]]] = {}
     for (task, kept), card in zip(episodes.items(), cards, strict=True):
         env = domains.make_env(task)
@@ -200,13 +205,24 @@ def train_agent(
     model: ModelConfig,
     config: TrainConfig,
     prepared: Prepared,
+    *,
+    mesh: Mesh | None = None,
+    watch: Callable[[pd.DataFrame], None] | None = None,
+    tensorboard: bool = False,
     **cadence: int,
 ) -> tuple[pathlib.Path, pd.DataFrame]:
     """Train an agent, or finish training it, and return its folder and its metrics.
 
     The folder is `agents/<name>-<digest of every setting and of the code>`; `agents/<name>.json`
-    points to the latest one finished. Metrics have step, tokens, domain, loss and the rest of
-    `Metrics`. `cadence` is `report_every` and `save_every`, as in `train`.
+    points to the latest one finished. Metrics have a row for each report and domain: step, domain,
+    loss, validation_loss, the losses by modality (`text_loss` ...) and the rest of `Metrics`.
+
+    Args:
+      mesh: devices to train on (`distributed.make_mesh`); None is one. Not part of the digest: a
+        run can go on with another.
+      watch: called with the metrics so far after each report, for live curves.
+      tensorboard: also write the metrics to `<folder>/tensorboard`.
+      cadence: `report_every` and `save_every`, as in `train`.
     """
     data = prepared.mixture.config
     if model.discrete_range != data.discrete_range:
@@ -217,36 +233,28 @@ def train_agent(
     digest = "".join([c.digest()[:4] for c in (model, config, data)] + [code[:4]])
     folder = run.agents / f"{name}-{digest}"
     checkpointer = Checkpointer(folder, meta | {"code": code})
-    try:
-        metrics = _train(name, folder, model, config, prepared, checkpointer, **cadence)
-    finally:
-        checkpointer.close()
-    write_text(run.agents / f"{name}.json", json.dumps({"folder": folder.name}))
-    return folder, metrics
-
-
-def _train(
-    name: str,
-    folder: pathlib.Path,
-    model: ModelConfig,
-    config: TrainConfig,
-    prepared: Prepared,
-    checkpointer: Checkpointer,
-    **cadence: int,
-) -> pd.DataFrame:
-    if prepared.text is not None:
+    writer = distributed.is_writer()
+    if writer and prepared.text is not None:
         write_bytes(folder / "text.model", prepared.text.path.read_bytes())
     path = folder / "metrics.csv"
-    start = checkpointer.latest() or 0
     rows = []
     if path.is_file():
         old = pd.read_csv(path)
-        rows = old[old.step <= start].to_dict("records")  # later ones are made again
-    if start < config.steps:
-        progress = Progress()
-        for metrics, _ in train(model, config, prepared.mixture, checkpointer, **cadence):
+        rows = old[old.step <= (checkpointer.latest() or 0)].to_dict("records")  # others come again
+    progress = Progress()
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpointer.close)
+        log = stack.enter_context(_tensorboard(folder)) if tensorboard and writer else None
+        for metrics, _ in train(
+            model, config, prepared.mixture, checkpointer, mesh=mesh, **cadence
+        ):
             rows += _metric_rows(metrics)
-            write_text(path, pd.DataFrame(rows).to_csv(index=False))
+            if writer:
+                write_text(path, pd.DataFrame(rows).to_csv(index=False))
+            if log is not None:
+                log(metrics)
+            if watch is not None:
+                watch(pd.DataFrame(rows))
             losses = "  ".join(f"{k} {v:.3f}" for k, v in metrics.loss.items())
             progress(
                 f"{name} step {metrics.step} of {config.steps}: loss {losses}, "
@@ -254,23 +262,66 @@ def _train(
                 f"{duration(metrics.seconds_left)} left",
                 done=metrics.step == config.steps,
             )
-    return pd.DataFrame(rows)
+    if writer:
+        write_text(run.agents / f"{name}.json", json.dumps({"folder": folder.name}))
+    distributed.wait("trained")
+    return folder, pd.DataFrame(rows)
 
 
 def _metric_rows(metrics: Metrics) -> list[dict[str, Any]]:
     shared = dataclasses.asdict(metrics)
-    losses = shared.pop("loss")
-    return [shared | {"domain": domain, "loss": loss} for domain, loss in losses.items()]
+    losses, validation = shared.pop("loss"), shared.pop("validation_loss")
+    by_modality = shared.pop("modality_loss")
+    shared |= {f"{m}_loss": by_modality.get(m, math.nan) for m in MODALITIES}
+    return [
+        shared
+        | {"domain": domain, "loss": loss, "validation_loss": validation.get(domain, math.nan)}
+        for domain, loss in losses.items()
+    ]
 
 
-def load_agent(folder: str | os.PathLike, **choices: Any) -> Agent:
-    """The agent in `folder` at its latest checkpoint; `choices` as in `Agent`."""
+@contextlib.contextmanager
+def _tensorboard(folder: pathlib.Path) -> Iterator[Callable[[Metrics], None]]:
+    """A function that adds a report to the event file in `folder`/tensorboard.
+
+    A resumed run begins another file there; TensorBoard joins them, and takes the later values
+    where steps were made again.
+    """
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+
+    def log(metrics: Metrics) -> None:
+        for key, value in dataclasses.asdict(metrics).items():
+            if isinstance(value, dict):
+                for part, x in value.items():
+                    writer.add_scalar(f"{key}/{part}", x, metrics.step)
+            elif key != "step":
+                writer.add_scalar(key, value, metrics.step)
+
+    try:
+        yield log
+    finally:
+        writer.close()
+
+
+def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices: Any) -> Agent:
+    """The agent in `folder` at its "latest" or "best" checkpoint; `choices` as in `Agent`.
+
+    The best has the lowest validation loss; without one it is the latest.
+    """
+    if checkpoint not in ("latest", "best"):
+        raise ConfigError(f"checkpoint is {checkpoint!r}, expected 'latest' or 'best'")
     folder = pathlib.Path(folder)
     meta = read_meta(folder)
     model, data = ModelConfig.from_dict(meta["model"]), DataConfig.from_dict(meta["data"])
     train_config = TrainConfig.from_dict(meta["train"])
     checkpointer = Checkpointer(folder, meta, read_only=True)
-    _, state, _ = checkpointer.restore(jax.eval_shape(lambda: initial_state(model, train_config)))
+    shapes = jax.eval_shape(lambda: initial_state(model, train_config))
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # wherever it was trained
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
+    step = checkpointer.best() if checkpoint == "best" else None
+    _, state, _ = checkpointer.restore(shapes, step)
     checkpointer.close()
     text = TextTokenizer(folder / "text.model") if (folder / "text.model").is_file() else None
     return Agent(model, state["params"], text, data.context_length, **choices)

@@ -23,6 +23,7 @@ settings.register_profile(
 )
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)  # simulated: what names no device runs on the first
 
 from gato_lib import collection, domains  # noqa: E402
 

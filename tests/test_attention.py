@@ -96,6 +96,12 @@ def test_the_tpu_kernel_in_interpret_mode(t, h):
     with pltpu.force_tpu_interpret_mode():
         flash = attention._flash(*arguments, "tpu")
     np.testing.assert_allclose(flash, attend(*arguments, "plain"), atol=5e-6)
+    segments = jnp.asarray(np.arange(t)[None].repeat(2, 0) // 70, jnp.int32)
+    with pltpu.force_tpu_interpret_mode():
+        flash = attention._flash(*arguments, "tpu", segments)
+    expected = attend(*arguments, "plain", segments)
+    np.testing.assert_allclose(flash, expected, atol=5e-6)
+    assert not np.allclose(expected, attend(*arguments, "plain"))
 
 
 @pytest.mark.slow

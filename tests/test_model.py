@@ -17,7 +17,7 @@ from gato_lib import tokenizers as tk
 from gato_lib.config import MODEL_SIZES, ConfigError, ModelConfig, model_config
 from gato_lib.embedding import num_rows, scale_pixels, table_row, value_features
 from gato_lib.episodes import Episode
-from gato_lib.model import Gato, count_parameters, cross_entropy, masked_loss
+from gato_lib.model import Gato, count_parameters, cross_entropy, forward_flops, masked_loss
 from gato_lib.training import graph_of, initial_state, merge
 
 PATCHES = 40  # slots: ten images of four
@@ -99,7 +99,7 @@ def test_a_target_is_predicted_without_being_seen(gato, batch):
 
 
 def one_row(batch, i):
-    per_row = [k for k in batch._fields if k != "patches"]
+    per_row = [k for k in batch._fields if k not in ("patches", "segments")]
     return batch._replace(**{k: getattr(batch, k)[i : i + 1] for k in per_row})
 
 
@@ -108,6 +108,18 @@ def test_batch_of_eight_equals_eight_batches_of_one(gato, batch):
     together = logits(batch)
     alone = np.concatenate([logits(one_row(batch, i)) for i in range(8)])
     np.testing.assert_allclose(alone, together, atol=1e-5)
+
+
+def test_forward_flops_by_hand():
+    """One product at a time, of a network small enough to write out; 03 compares with XLA."""
+    config = dataclasses.replace(TINY, depth=3)  # width 32, two heads of 16, mlp_dim below
+    parts = forward_flops(config, sequences=2, length=5, targets=7, patches=0)
+    assert parts["attention, projections"] == 3 * (2 * 10 * 32 * 3 * 32 + 2 * 10 * 32 * 32)
+    assert parts["attention, distances"] == 3 * 2 * 5 * 32 * 32
+    assert parts["attention, T x T"] == 3 * 2 * 2 * 3 * (2 * 5 * 5 * 16)
+    up, down = 2 * 10 * 32 * config.mlp_dim, 2 * 10 * (config.mlp_dim // 2) * 32
+    assert (parts["feed-forward up"], parts["feed-forward down"]) == (3 * up, 3 * down)
+    assert parts["head"] == 2 * 7 * 32 * num_rows(config) and parts["patches"] == 0
 
 
 def test_padding_changes_nothing(gato, batch):
@@ -123,11 +135,36 @@ def test_padding_changes_nothing(gato, batch):
     np.testing.assert_allclose(masked_loss(gato, padded), masked_loss(gato, batch), atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["plain", "blocked", "dot_product"])
+def test_windows_packed_into_a_row_do_not_see_each_other(batch, how):
+    """Hidden states of a packed row are those of its windows alone, whatever stands beside them."""
+    config = dataclasses.replace(TINY, attention=how)
+    gato = Gato(config, rngs=nnx.Rngs(0))
+    halves = [one_row(batch, i) for i in (0, 5)]
+    joined = {
+        k: np.concatenate([getattr(h, k) for h in halves], axis=1)
+        for k in ("ids", "local", "patch", "rows", "cols")
+    }
+    t = batch.ids.shape[1]
+    segments = np.repeat([[0, 1]], t, axis=1).astype(np.int32)
+    packed = halves[0]._replace(**joined, segments=segments)
+    for scan in (False, True):
+        model = nnx.clone(gato)
+        model.transformer.config = dataclasses.replace(config, scan_layers=scan)
+        hidden = jax.jit(lambda b, m=model: m.hidden(b))(packed)
+        for i, half in enumerate(halves):
+            np.testing.assert_allclose(
+                hidden[0, i * t : (i + 1) * t], gato.hidden(half)[0], atol=1e-5
+            )
+    assert not np.allclose(gato.hidden(packed._replace(segments=None))[0, t:], hidden[0, t:])
+
+
 def test_unused_target_slots_and_patch_slots_count_for_nothing(gato, batch):
     wide = batch._replace(
         target_positions=np.pad(batch.target_positions, ((0, 0), (0, 3))),
         target_ids=np.pad(batch.target_ids, ((0, 0), (0, 3))),
         target_weights=np.pad(batch.target_weights, ((0, 0), (0, 3))),
+        target_kinds=np.pad(batch.target_kinds, ((0, 0), (0, 3))),
         patches=np.pad(batch.patches, ((0, 8), (0, 0), (0, 0), (0, 0)), constant_values=7),
         patch=np.where(batch.patch == PATCHES, PATCHES + 8, batch.patch),
     )
@@ -288,7 +325,7 @@ def test_attention_equals_the_formula_written_out(gato):
                 scores.append((content + (q[i, head] + w[head]) @ r) / 4.0)
             p = np.exp(scores) / np.exp(scores).sum()
             y[i, head] = sum(p[j] * v[j, head] for j in range(i + 1))
-    expected = attention.out(jnp.asarray(y.reshape(t, 32), jnp.float32))
+    expected = attention.out(jnp.asarray(y, jnp.float32))
     np.testing.assert_allclose(attention(x)[0], expected, atol=1e-5)
 
 

@@ -91,8 +91,8 @@ def test_patch_positions_of_the_papers_example():
     assert intervals.tolist() == [32, 64, 51, 77]
     row, col = sq.patch_positions(intervals[None], None)
     assert (row[0], col[0]) == (48, 64)
-    rng = np.random.default_rng(0)
-    rows, cols = sq.patch_positions(np.tile(intervals, (4000, 1)), rng)
+    draws = np.random.default_rng(0).random((4000, 2))
+    rows, cols = sq.patch_positions(np.tile(intervals, (4000, 1)), draws)
     assert (rows.min(), rows.max()) == (32, 63) and (cols.min(), cols.max()) == (51, 76)
 
 
@@ -108,6 +108,22 @@ def test_batch(tokens):
     assert batch.patch[0, 1] != batch.patch[0, 2]
     assert (batch.patch[:, 0] == 4).all()  # no image: one past the last slot
     assert sq.count_tokens(batch) == 9 + 19
+
+
+def test_packed_windows_do_not_predict_each_other(tokens):
+    """The first token of a segment is no target: what stands before it is another episode's."""
+    spans = [(0, 9), (9, 19)]
+    packed = sq.make_batch(tokens, [spans], 22, 8, 4, segments=[[0, 1]])
+    assert packed.segments[0].tolist() == [0] * 9 + [1] * 10 + [-1] * 3
+    plain = sq.make_batch(tokens, [spans], 22, 8, 4)
+    assert plain.segments is None
+    document = sq.document_tokens(Document(("a cat sat on the mat",)), tk.TextTokenizer())
+    n = len(document)
+    both = sq.concatenate([document, document])
+    packed = sq.make_batch(both, [[(0, n), (n, 2 * n)]], 2 * n, 2 * n, 0, segments=[[0, 1]])
+    positions = packed.target_positions[0][packed.target_weights[0] > 0]
+    assert positions.tolist() == [*range(n - 1), *range(n, 2 * n - 1)]
+    assert set(packed.target_kinds[0][: len(positions)]) == {sq.MODALITIES.index("text")}
 
 
 def test_batch_drops_nothing(tokens):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import json
 
 import gymnasium as gym
 import jax
@@ -12,16 +13,24 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gato_lib import domains, evaluation, workbook
+from gato_lib import distributed, domains, evaluation, workbook
 from gato_lib import sequence as sq
 from gato_lib import tokenizers as tk
 from gato_lib.agent import Agent, History
 from gato_lib.checkpoint import Checkpointer
-from gato_lib.config import ConfigError, DataConfig, TrainConfig, model_config
+from gato_lib.config import FINE_TUNING, ConfigError, DataConfig, TrainConfig, model_config
 from gato_lib.embedding import table_row
 from gato_lib.episodes import DataError, Episode, select, stack_observations, validate
-from gato_lib.mixture import Mixture, build_group
-from gato_lib.training import graph_of, initial_state, merge, train
+from gato_lib.mixture import (
+    PAPER_WEIGHTS,
+    Mixture,
+    build_group,
+    draw_row,
+    group_batch,
+    mixture_weights,
+)
+from gato_lib.model import modality_losses
+from gato_lib.training import graph_of, initial_state, merge, optimizer, train
 
 NETWORK = model_config(
     "w64d2", width=32, head_dim=8, mlp_dim=64, text_rows=1024, value_rows="ordinal"
@@ -31,6 +40,7 @@ DATA = DataConfig(
     episodes=(("babyai", 2), ("metaworld", 2)),
     context_length=90,
     batch_tokens=180,
+    validation_fraction=0.5,
     prompt_fraction=0.25,
     vocabulary_size=1024,
 )
@@ -43,14 +53,18 @@ def text(tmp_path_factory, demonstrations):
     return tk.train_text_tokenizer(missions, tmp_path_factory.mktemp("text") / "t.model", 1024)
 
 
-@pytest.fixture(scope="module")
-def groups(demonstrations, text):
+def make_groups(text, demonstrations, config):
     out = {}
     for task, episodes in demonstrations.items():
         env = domains.make_env(task)
         tokenizer = sq.Tokenizer(env.observation_space, env.action_space, text)
         out[task.split("/")[0]] = {task: [tokenizer.episode(e) for e in episodes]}
-    return [build_group(name, tasks, DATA) for name, tasks in out.items()]
+    return [build_group(name, tasks, config) for name, tasks in out.items()]
+
+
+@pytest.fixture(scope="module")
+def groups(demonstrations, text):
+    return make_groups(text, demonstrations, DATA)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +82,9 @@ def assert_equal(a, b):
 def test_batches_have_fixed_shapes_and_both_domains(mixture):
     shapes = {}
     for i in range(20):
-        domain, batch = mixture[i]
-        shapes.setdefault(domain, set()).add(tuple(x.shape for x in batch))
+        domain, batch, tasks = mixture[i]
+        assert {t.split("/")[0] for t in tasks} == {domain}
+        shapes.setdefault(domain, set()).add(tuple(x.shape for x in jax.tree.leaves(batch)))
     assert set(shapes) == {"babyai", "metaworld"}
     assert len(shapes["metaworld"]) == 1 and len(shapes["babyai"]) <= 2
 
@@ -77,70 +92,133 @@ def test_batches_have_fixed_shapes_and_both_domains(mixture):
 def test_batch_number_is_all_it_takes(mixture, groups):
     again = Mixture(groups, DATA)
     for i in (0, 1, 7):
-        assert mixture[i][0] == again[i][0]
-        assert_equal(mixture[i][1], again[i][1])
-    straight = list(itertools.islice(mixture.iterate(0), 6))
-    for (name, a), (other, b) in zip(straight[3:], again.iterate(3), strict=False):
-        assert name == other
-        assert_equal(a, b)
+        assert_equal(mixture[i].batch, again[i].batch)
+    straight = list(itertools.islice(mixture.iterate(), 6))
+    resumed = again.iterate()
+    for _ in range(3):
+        next(resumed)
+    saved = json.loads(json.dumps(resumed.state))
+    fresh = again.iterate()
+    fresh.restore(saved)
+    for a, b in zip(straight[3:], fresh, strict=False):
+        assert a.domain == b.domain
+        assert_equal(a.batch, b.batch)
     different = Mixture(groups, dataclasses.replace(DATA, seed=1))
-    assert any(
-        not np.array_equal(a.ids, b.ids)
-        for (_, a), (_, b) in ((mixture[i], different[i]) for i in range(4))
-    )
+    assert any(not np.array_equal(mixture[i].batch.ids, different[i].batch.ids) for i in range(4))
     # The training run's own seed: other batches of the same data.
-    reseeded = itertools.islice(mixture.iterate(0, seed=1), 6)
+    reseeded = itertools.islice(mixture.iterate(seed=1), 6)
     assert any(
-        not np.array_equal(a.ids, b.ids) for (_, a), (_, b) in zip(straight, reseeded, strict=True)
+        not np.array_equal(a.batch.ids, b.batch.ids)
+        for a, b in zip(straight, reseeded, strict=True)
     )
 
 
 def test_weights_are_kept(groups):
     weighted = dataclasses.replace(DATA, weights=(("babyai", 1.0), ("metaworld", 3.0)))
-    names = [Mixture(groups, weighted)[i][0] for i in range(40)]
+    names = [Mixture(groups, weighted)[i].domain for i in range(40)]
     assert names.count("metaworld") == 30
     with pytest.raises(ValueError, match=r"weights name \['atari'\]"):
         Mixture(groups, dataclasses.replace(DATA, weights=(("atari", 1.0),)))
 
 
-def test_prompts_come_from_another_episode_and_fit(groups):
-    from gato_lib.mixture import sample_windows
+def test_the_papers_weights():
+    """Table 1, renormalised over what there is."""
+    assert sum(w for _, w in PAPER_WEIGHTS.values()) == pytest.approx(99.93)
+    both = dict(mixture_weights("paper", ["babyai", "metaworld"]))
+    assert both["babyai"] == pytest.approx(9.06 / (9.06 + 8.96)) and sum(
+        both.values()
+    ) == pytest.approx(1)
+    assert dict(mixture_weights("equal", ["x", "y"])) == {"x": 0.5, "y": 0.5}
+    assert dict(mixture_weights("x 1, y 3", ["x", "y"])) == {"x": 0.25, "y": 0.75}
+    for text in ("x 1", "x one, y 2", "x 0, y 1", "papre"):
+        with pytest.raises(ConfigError, match="expected"):
+            mixture_weights(text, ["x", "y"])
+    with pytest.raises(ConfigError, match=r"no weight for \['chess'\]"):
+        mixture_weights("paper", ["babyai", "chess"])
 
-    always = dataclasses.replace(DATA, prompt_fraction=1.0)
-    for group in groups:
+
+@pytest.mark.parametrize("context", [90, 1024])
+def test_prompts_come_from_another_episode_and_fit(text, demonstrations, context):
+    always = dataclasses.replace(DATA, context_length=context, prompt_fraction=1.0)
+    for group in make_groups(text, demonstrations, always):
         (task,) = group.tasks.values()
-        for draw in range(20):
-            for spans in sample_windows(group, always, np.random.default_rng(draw)):
-                assert sum(b - a for a, b in spans) <= group.length
-                if len(spans) == 1:
+        at, unseen = group.seq.offsets, 0
+        episode = lambda token: np.searchsorted(at[task.episodes[:, 1]], token, "right")  # noqa: B023, E731
+        for draw in range(60):
+            held_out = bool(draw % 2)
+            row = draw_row(group, always, np.random.default_rng(draw), held_out)
+            assert sum(w.tokens for w in row) <= group.length
+            assert len(row) == 1 or group.packed
+            for window in row:
+                assert {x for span in window.spans for x in span} <= set(at.tolist())
+                first, last = window.spans[-1]
+                assert (episode(first) == 1) == held_out and episode(last - 1) == episode(first)
+                if len(window.spans) == 1:  # training has no other; or no whole step fits
                     continue
-                (a, b), (c, _) = spans
-                at = group.seq.offsets
-                assert {a, b, c} <= set(at.tolist()) and b - a <= group.length // 2
-                ends = at[task.episodes[:, 1]]
-                assert np.searchsorted(ends, a, side="right") != np.searchsorted(
-                    ends, c, side="right"
-                )
+                (a, b), _ = window.spans
+                assert held_out and episode(a) == 0 and b - a <= group.length // 2
+                unseen += 1
+        assert unseen > 20
 
 
 @pytest.mark.parametrize("prompted", [0.0, 1.0])
-def test_every_step_is_seen_live(groups, prompted):
+def test_every_step_is_seen_live(text, demonstrations, prompted):
     """With a prompt in front or not; the last step, which earns the reward, nearly as often."""
-    from gato_lib.mixture import sample_windows
-
-    config = dataclasses.replace(DATA, prompt_fraction=prompted)
-    for group in groups:
+    config = dataclasses.replace(DATA, prompt_fraction=prompted, validation_fraction=0.0)
+    for group in make_groups(text, demonstrations, config):
         (task,) = group.tasks.values()
         at, live = group.seq.offsets, collections.Counter()
-        for draw in range(3000):
-            for spans in sample_windows(group, config, np.random.default_rng(draw)):
-                assert len(spans) == 1 + prompted
-                first, last = np.searchsorted(at, spans[-1])
+        for draw in range(6000):
+            for window in draw_row(group, config, np.random.default_rng(draw)):
+                assert len(window.spans) == 1 + prompted
+                first, last = np.searchsorted(at, window.spans[-1])
                 live.update(range(first, last))
         for begin, end in task.episodes:
             steps = [live[s] for s in range(begin, end)]
             assert min(steps[0], steps[-1]) > 0.4 * np.median(steps)
             assert min(steps) > 0
+
+
+def test_short_episodes_are_packed(text, demonstrations):
+    """Padding stays under a tenth where episodes are far shorter than the context."""
+    long = dataclasses.replace(DATA, context_length=1024, batch_tokens=4096, rows_multiple=4)
+    by_name = {g.name: g for g in make_groups(text, demonstrations, long)}
+    baby = by_name["babyai"]
+    assert baby.packed and baby.length == 1024 and baby.batch_size == 4
+    for row in Mixture(list(by_name.values()), long).describe():
+        assert row["padding"] < 0.1, row
+    batch = group_batch(baby, long, 3).batch
+    assert batch.segments.max() > 0
+    for ids, segments in zip(batch.local, batch.segments, strict=True):
+        assert ((ids == sq.PADDING_POSITION) == (segments == -1)).all()
+        inside = segments[segments >= 0]
+        assert (np.diff(inside) >= 0).all() and set(np.diff(inside)) <= {0, 1}
+
+
+def test_processes_build_the_rows_of_one_batch(groups, mixture):
+    """Two processes of two devices: together the batch that one process builds."""
+    data = dataclasses.replace(DATA, rows_multiple=4)
+    for group in groups:
+        group = dataclasses.replace(group, batch_size=8)
+        whole = group_batch(group, data, 5).batch
+        owners = ((0, 2), (1, 3))  # parts of a host need not be neighbours
+        parts = [
+            group_batch(group, data, 5, distributed.Placement(owners, 4, p)).batch for p in (0, 1)
+        ]
+        slots = len(parts[0].patches) // 2
+        patches = [parts[p].patches[i * slots :][:slots] for i in (0, 1) for p in (0, 1)]
+        patches = np.concatenate(patches)
+        for p, part in enumerate(parts):
+            rows = np.concatenate([np.arange(2 * o, 2 * o + 2) for o in owners[p]])
+            for name in ("ids", "local", "rows", "cols", "target_ids", "target_weights"):
+                np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[rows])
+            image = whole.patch[rows] < len(whole.patches)
+            np.testing.assert_array_equal(part.patch == len(patches), ~image)
+            np.testing.assert_array_equal(
+                patches[part.patch[image]], whole.patches[whole.patch[rows][image]]
+            )
+        with pytest.raises(ConfigError, match="a batch of 8 rows does not divide over 3 places"):
+            group_batch(group, data, 5, distributed.Placement(((0, 1, 2),), 3, 0))
 
 
 def test_a_timestep_that_does_not_fit_is_refused(groups, demonstrations, text):
@@ -174,8 +252,118 @@ def test_resuming_equals_running_straight(tmp_path, mixture):
     again.close()
     resumed = repeated[-1][1]
     for (a, _), (b, _) in zip(reports, repeated, strict=True):  # reports at 3, 6 and 8 as well
-        assert (a.step, a.loss, a.tokens, a.padding) == (b.step, b.loss, b.tokens, b.padding)
+        for field in ("step", "loss", "modality_loss", "validation_loss", "tokens", "padding"):
+            assert getattr(a, field) == getattr(b, field), field
     assert_equal(straight, resumed)
+
+
+def test_what_a_report_says(mixture):
+    metrics, params = last(train(NETWORK, FIT, mixture, report_every=8))
+    model = merge(graph_of(NETWORK), params)
+    assert set(metrics.loss) == {"babyai", "metaworld"}
+    assert set(metrics.modality_loss) == set(sq.MODALITIES)
+    assert metrics.tokens == sum(sq.count_tokens(mixture[i].batch) for i in range(8))
+    assert 0 <= metrics.padding < 1 and 0 <= metrics.data_wait < 1 and metrics.flops_share > 0
+    sums = collections.Counter()
+    for sample in mixture.validation():
+        loss, count = modality_losses(model, sample.batch, soft_sigma=FIT.soft_sigma)
+        sums[sample.domain, "loss"] += float(loss.sum())
+        sums[sample.domain, "count"] += float(count.sum())
+    for domain, value in metrics.validation_loss.items():
+        assert value == pytest.approx(sums[domain, "loss"] / sums[domain, "count"], rel=1e-5)
+    assert set(metrics.validation_loss) == {"babyai", "metaworld"}
+
+
+def test_modalities_of_targets_by_hand(mixture):
+    for i in range(4):
+        domain, batch, _ = mixture[i]
+        kinds = batch.target_kinds[batch.target_weights > 0]
+        ids = batch.target_ids[batch.target_weights > 0]
+        if domain == "metaworld":
+            assert set(kinds) == {2}
+        else:
+            assert set(kinds) == {0, 1}
+            assert (ids[kinds == 1] < 7).all(), "BabyAI has seven actions"
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_eight_devices_train_like_one(shape, text, demonstrations):
+    """Losses over five steps to 1e-5, whatever the mesh; parameters and moments are split."""
+    data = dataclasses.replace(DATA, batch_tokens=800, rows_multiple=8)
+    mixture = Mixture(make_groups(text, demonstrations, data), data)
+    network = dataclasses.replace(NETWORK, stochastic_depth=0.1, dropout=0.1)
+    fit = dataclasses.replace(FIT, steps=5)
+    losses = {}
+    for mesh in (None, distributed.make_mesh(*shape)):
+        reports = train(network, fit, mixture, mesh=mesh, report_every=1, save_every=5)
+        losses[mesh] = [(m.loss, m.gradient_norm, m.validation_loss) for m, _ in reports]
+    for one, eight in zip(*losses.values(), strict=True):
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+            assert abs(a - b) < 1e-5
+    if shape == (1, 8, 1):
+        state = initial_state(network, fit, distributed.make_mesh(*shape))
+        arrays = jax.tree.leaves(state)
+        total = sum(x.nbytes for x in arrays)
+        local = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+        (table,) = [x for x in arrays if x.shape == (2049, 32)][:1]
+        assert table.addressable_shards[0].data.shape == (2049, 4)
+        assert local < total / 2, "an eighth each, and small arrays whole (most, at this size)"
+
+
+def test_a_run_goes_on_with_another_mesh(tmp_path, text, demonstrations):
+    data = dataclasses.replace(DATA, batch_tokens=800, rows_multiple=8)
+    mixture = Mixture(make_groups(text, demonstrations, data), data)
+    straight = [m.loss for m, _ in train(NETWORK, FIT, mixture, report_every=1)]
+    resumed = []
+    for mesh, stop in ((distributed.make_mesh(2, 4, 1), 4), (distributed.make_mesh(4, 1, 2), 8)):
+        checkpointer = Checkpointer(tmp_path, {})
+        for metrics, _ in train(
+            NETWORK, FIT, mixture, checkpointer, mesh=mesh, report_every=1, save_every=4
+        ):
+            resumed.append(metrics.loss)
+            if metrics.step == stop + 1:
+                resumed.pop()
+                break
+        checkpointer.close()
+    for a, b in zip(straight, resumed, strict=True):
+        assert {k: pytest.approx(v, abs=1e-5) for k, v in a.items()} == b
+
+
+def test_meshes_that_do_not_fit():
+    assert dict(distributed.parse_mesh("2, -1, 1").shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    for text in ("3, 1, 1", "-1, -1, 1", "0, 8, 1", "3, -1, 1"):
+        with pytest.raises(ConfigError, match="does not fit 8 devices"):
+            distributed.parse_mesh(text)
+    with pytest.raises(ConfigError, match="expected three whole numbers"):
+        distributed.parse_mesh("8")
+
+
+def test_the_sharding_table_names_every_large_parameter():
+    """Of the paper's network nothing above a millionth of the parameters stays whole."""
+    for size in ("1.18B", "364M", "79M"):
+        model = model_config(size)
+        state = jax.eval_shape(lambda m=model: initial_state(m, TrainConfig()))
+        used = set()
+        for path, leaf in jax.tree.leaves_with_path(state["params"]):
+            axes = distributed.parameter_axes(path)
+            used |= {e for e, a in distributed.PARAMETERS.items() if a == axes and axes}
+            if not axes:
+                assert leaf.size <= 400_000, path
+        assert set(distributed.PARAMETERS.values()) == {distributed.PARAMETERS[e] for e in used}
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    state = initial_state(NETWORK, FIT)
+    keeper = Checkpointer(tmp_path, {}, keep=2)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 4.0)):
+        keeper.save(step, state, {"step": step}, loss)
+    keeper.finish()
+    assert (keeper.latest(), keeper.best()) == (5, 2)
+    assert sorted(int(p.name) for p in (tmp_path / "steps").iterdir()) == [2, 4, 5]
+    assert keeper.restore(state, 2)[2] == {"step": 2}
+    with pytest.raises(FileNotFoundError, match="no checkpoint 3"):
+        keeper.restore(state, 3)
+    keeper.close()
 
 
 def test_other_settings_do_not_overwrite_a_run(tmp_path):
@@ -195,33 +383,85 @@ def test_a_checkpoint_cut_short_is_ignored(tmp_path):
     again = Checkpointer(tmp_path, {})
     step, restored, counters = again.restore(state)
     assert (step, counters) == (1, {"tokens": 5}) and not left.exists()
+    assert again.best() is None
     assert_equal(state, restored)
     again.close()
 
 
+class Fake:
+    """Stands for a mixture that gives chosen samples."""
+
+    def __init__(self, sample):
+        self._sample = sample
+
+    def iterate(self, seed, placement):
+        fake = self
+
+        class Endless:
+            state = {}  # noqa: RUF012
+            number = -1
+
+            def __next__(self):
+                self.number += 1
+                return fake._sample(self.number)
+
+        return Endless()
+
+    def validation(self, placement):
+        return []
+
+
 def test_training_overfits_one_batch(mixture):
-    class OneBatch:
-        def iterate(self, start, seed):
-            while True:
-                yield mixture[0]
-
-    fit = dataclasses.replace(FIT, steps=250, peak_lr=3e-3, soft_sigma=0.0, weight_decay=0.0)
+    fit = dataclasses.replace(FIT, steps=300, peak_lr=5e-3, soft_sigma=0.0, weight_decay=0.0)
     still = dataclasses.replace(NETWORK, stochastic_depth=0.0)
-    metrics, _ = last(train(still, fit, OneBatch(), report_every=10))
+    metrics, _ = last(train(still, fit, Fake(lambda i: mixture[0]), report_every=10))
     (loss,) = metrics.loss.values()
-    assert loss < 0.05
+    assert loss < 0.01
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_source(mixture):
-    class Poisoned:
-        def iterate(self, start, seed):
-            for i in itertools.count(start):
-                name, batch = mixture[i]
-                weights = batch.target_weights * (np.nan if i == 3 else 1.0)
-                yield name, batch._replace(target_weights=weights.astype(np.float32))
+def test_fine_tuning_is_adam_at_a_constant_rate():
+    """App. E: no decay, no warm-up; the first step moves every weight by the rate."""
+    params = {"w": np.array([1.0, -2.0, 3.0], np.float32)}
+    tx = optimizer(FINE_TUNING)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update({"w": np.array([0.1, -5.0, 2.0], np.float32)}, state, params)
+        np.testing.assert_allclose(updates["w"], [-1e-5, 1e-5, -1e-5], rtol=1e-3)
+    slow = dataclasses.replace(FINE_TUNING, warmup_steps=10, start_lr=0.0)
+    tx = optimizer(slow)
+    updates, _ = tx.update({"w": np.ones(3, np.float32)}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], 0.0, atol=1e-9)
 
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 3, domain (babyai|meta)"):
-        last(train(NETWORK, FIT, Poisoned(), report_every=4))
+
+def test_dropout_acts_in_training_only(mixture):
+    _, batch, _ = mixture[0]
+    dropped = dataclasses.replace(NETWORK, stochastic_depth=0.0, dropout=0.5)
+    params = initial_state(dropped, FIT)["params"]
+    hidden = lambda config, key: np.asarray(  # noqa: E731
+        merge(graph_of(config), params).hidden(batch, key)
+    )
+    none = dataclasses.replace(dropped, dropout=0.0)
+    plain = hidden(none, None)
+    assert_equal(plain, hidden(dropped, None))
+    assert_equal(plain, hidden(none, jax.random.key(0)))
+    assert np.abs(plain - hidden(dropped, jax.random.key(0))).max() > 0.01
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_source(tmp_path, mixture):
+    def poisoned(i):
+        sample = mixture[i]
+        weights = sample.batch.target_weights * (np.nan if i == 5 else 1.0)
+        return sample._replace(batch=sample.batch._replace(target_weights=weights.astype("f4")))
+
+    keeper = Checkpointer(tmp_path, {})
+    with pytest.raises(
+        FloatingPointError,
+        match=r"loss is nan at step 5, in a batch of domain (\w+), tasks \1/[\w-]+$",
+    ):
+        last(train(NETWORK, FIT, Fake(poisoned), keeper, report_every=4, save_every=2))
+    keeper.finish()
+    assert keeper.latest() == 4, "the last good checkpoint stays"
+    keeper.close()
 
 
 # --- acting and scoring ---------------------------------------------------------------------------
