@@ -158,7 +158,7 @@ unless() {
 
 where=(--zone="$zone" ${project:+--project="$project"})
 
-# remote WORKER COMMAND [-- SSH FLAGS]
+# remote WORKER COMMAND [GCLOUD FLAGS]
 remote() {
   local worker=$1 command=$2
   shift 2
@@ -257,7 +257,7 @@ join_others() {
 attributes=http://metadata.google.internal/computeMetadata/v1/instance/attributes;
 worker=$(curl -sSf -H "Metadata-Flavor: Google" $attributes/agent-worker-number);
 others=$(curl -sSf -H "Metadata-Flavor: Google" $attributes/worker-network-endpoints);
-count=$(echo "$others" | tr , "\n" | wc -l);
+count=$(($(echo "$others" | tr -cd , | wc -c) + 1));
 [ "$count" -eq "$workers" ] ||
 { echo "$(hostname): the slice has $count workers, not $workers: check --type" >&2; exit 1; };
 first=${others%%,*};
@@ -330,7 +330,7 @@ END
     fi
     note "logs follows worker 0; when this is interrupted, the same command goes on" ;;
   logs)
-    remote 0 'tail -n 50 -F gato.log' -- -t ;;
+    remote 0 'tail -n 50 -F gato.log' --ssh-flag=-t ;;
   stop)
     on all <<'END'
 if flock -n "$HOME/gato.lock" true; then echo "$(hostname): nothing to stop"; exit; fi;
@@ -340,7 +340,7 @@ END
   lab) # the port must be the one that is forwarded, and no browser opens over there
     note "open the address that it prints"
     remote 0 'cd gato && BROWSER=true JUPYTER_PORT_RETRIES=0 EXTRAS=tpu make lab USE_CONDA=0' \
-      -- -t -L 8888:localhost:8888 -o ExitOnForwardFailure=yes ;;
+      --ssh-flag=-t --ssh-flag='-L 8888:localhost:8888' --ssh-flag='-o ExitOnForwardFailure=yes' ;;
   fetch) # neither demonstrations nor checkpoints; without state/ nothing here counts as finished
     step cd "$PWD"
     step mkdir -p "experiments/runs/$preset"

@@ -119,6 +119,14 @@ class LinearPatchEmbedder(nnx.Module):
         return self.project(scale_pixels(patches).reshape(patches.shape[0], -1))
 
 
+def _whole(table: nnx.Param) -> Float[Array, "V D"]:
+    """The table on every device while it is read: each looks up rows for its own sequences.
+
+    Left to itself XLA looks up split columns for the whole batch.
+    """
+    return constrain(table[...], None, None)
+
+
 class Embedding(nnx.Module):
     """Everything that turns a batch into (B, T, D), and the output table."""
 
@@ -146,20 +154,20 @@ class Embedding(nnx.Module):
         cols: Int[Array, "B T"],
         patches: UInt8[Array, "Q 16 16 3"],
     ) -> Float[Array, "B T D"]:
-        x = self.table[...][table_row(ids, self.config)]
+        x = _whole(self.table)[table_row(ids, self.config)]
         if patches.shape[0]:  # a batch shape without images costs nothing
             image = (patch < patches.shape[0])[..., None]
             vectors = self.patch(patches).astype(x.dtype)
             vectors = constrain(vectors, "batch", None)
             seen = vectors[jnp.minimum(patch, patches.shape[0] - 1)]
-            seen += self.patch_row[...][rows] + self.patch_col[...][cols]
+            seen += _whole(self.patch_row)[rows] + _whole(self.patch_col)[cols]
             x = jnp.where(image, seen, x)
         if self.config.local_positions:
-            x += jnp.where((local >= 0)[..., None], self.local[...][jnp.maximum(local, 0)], 0.0)
+            x += jnp.where((local >= 0)[..., None], _whole(self.local)[jnp.maximum(local, 0)], 0.0)
         return constrain(x.astype(self.config.compute_dtype), "batch", None, None)
 
     def logits(self, hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
         """Logits over table rows, float32. Two-dimensional on purpose: it is 3 times faster."""
         table = self.table if self.config.tied else self.output
-        table = table[...].astype(hidden.dtype)
+        table = constrain(table[...].astype(hidden.dtype), None, None)
         return jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32)

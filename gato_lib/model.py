@@ -47,13 +47,14 @@ def cross_entropy(
     With `soft_sigma` > 0 the target of a continuous value is a Gaussian of that many bins around
     its own bin, cut off at the ends of the range, instead of the one bin.
     """
-    log_p = jax.nn.log_softmax(logits, axis=-1)
+    # Not log_softmax: of R x V numbers only the logits themselves are kept for the backward pass.
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # R 1
     rows = table_row(ids, config)
-    hard = -jnp.take_along_axis(log_p, rows[:, None], axis=-1)[:, 0]
+    hard = (normaliser - jnp.take_along_axis(logits, rows[:, None], axis=-1))[:, 0]
     if soft_sigma == 0.0:
         return hard
     start = config.text_rows
-    bins = log_p[:, start : start + tokenizers.NUM_BINS]  # R 1024
+    bins = logits[:, start : start + tokenizers.NUM_BINS] - normaliser  # R 1024
     offset = jnp.arange(tokenizers.NUM_BINS)[None] - (ids - tokenizers.CONTINUOUS_START)[:, None]
     weight = jnp.exp(-0.5 * (offset / soft_sigma) ** 2)
     weight = weight / jnp.maximum(weight.sum(axis=-1, keepdims=True), 1e-9)

@@ -131,6 +131,43 @@ def make_validation(graph: Any, config: TrainConfig, mesh: Mesh | None = None):
     return jax.jit(validate, out_shardings=whole)
 
 
+def abstract_batch(
+    sequences: int, length: int, targets: int, patches: int = 0, packed: bool = False
+) -> Batch:
+    """Shapes of a batch with so many targets a sequence and distinct patches in all."""
+    array = jax.ShapeDtypeStruct
+    grid, slots = array((sequences, length), np.int32), array((sequences, targets), np.int32)
+    return Batch(
+        ids=grid,
+        local=grid,
+        patch=grid,
+        rows=grid,
+        cols=grid,
+        patches=array((patches, 16, 16, 3), np.uint8),
+        target_positions=slots,
+        target_ids=slots,
+        target_weights=array((sequences, targets), np.float32),
+        target_kinds=slots,
+        segments=grid if packed else None,
+    )
+
+
+def lower_step(model: ModelConfig, config: TrainConfig, batch: Batch, mesh: Mesh) -> Any:
+    """The update traced for a mesh, from shapes alone: nothing is allocated, no device is needed.
+
+    `.compile()` then says what a device would hold and exchange (`memory_analysis`, `as_text`).
+    """
+    state = jax.eval_shape(lambda: initial_state(model, config))
+    put = lambda tree, shardings: jax.tree.map(  # noqa: E731
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+    state = put(state, distributed.state_shardings(state, mesh))
+    batch = put(batch, distributed.batch_shardings(batch, mesh))
+    step = make_step(graph_of(model), config, jax.random.key(0), mesh)
+    with jax.set_mesh(mesh):
+        return step.lower(state, jax.ShapeDtypeStruct((), np.int32), batch)
+
+
 # --- what a run reports ---------------------------------------------------------------------------
 
 

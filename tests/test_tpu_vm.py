@@ -168,7 +168,7 @@ def test_what_is_asked_for(place):
     assert "--worker=0" in place.commands("collect", "--type=v3-512")[0]
     assert "--worker=all" in place.commands("run", "--type=v3-512")[0]
     (lab,) = place.commands("lab")
-    assert lab[lab.index("--") :][:4] == ["--", "-t", "-L", "8888:localhost:8888"]
+    assert "--ssh-flag=-L 8888:localhost:8888" in lab
     assert not any("rm" in c for c in place.commands("delete"))
     assert "# gcloud storage rm --recursive gs://its-bucket" in place.script("delete").stdout
 
