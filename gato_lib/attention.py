@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gato_lib.config import ConfigError
 
-BLOCK = 128  # query rows of "blocked"
+BLOCK = 128  # query rows of "blocked"; half of it where sequences are short
 MASKED = -1e9
 
 
@@ -81,13 +81,17 @@ def attend(
         implementation = "blocked" if jax.default_backend() == "cpu" else "dot_product"
     if implementation in ("plain", "blocked"):
         t = q.shape[1]
-        size = t if implementation == "plain" else BLOCK
+        size = t if implementation == "plain" else BLOCK if t > 2 * BLOCK else BLOCK // 2
         blocks = [(first, min(first + size, t)) for first in range(0, t, size)]
+        # Heads first, so that no product has to transpose: on a CPU that is a fifth of the time.
+        q, q_distance, k, v = (x.transpose(2, 0, 1, 3) for x in (q, q_distance, k, v))
+        r = None if r is None else r.transpose(1, 0, 2)
         rows = [
-            _rows(q[:, a:b], q_distance[:, a:b], k[:, :b], v[:, :b], r, b, segments)
+            _rows(q[:, :, a:b], q_distance[:, :, a:b], k[:, :, :b], v[:, :, :b], r, segments)
             for a, b in blocks
         ]
-        return jnp.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
+        y = jnp.concatenate(rows, axis=2) if len(rows) > 1 else rows[0]
+        return y.transpose(1, 2, 0, 3)
     if implementation == "dot_product":
         bias = None if r is None else _bias(q_distance, r)
         together = None if segments is None else _together(segments, segments)
@@ -102,22 +106,22 @@ def _together(query: Int[Array, "B T"], key: Int[Array, "B S"]) -> Bool[Array, "
     return (query[:, :, None] == key[:, None, :])[:, None]
 
 
-def _rows(q, q_distance, k, v, r, last, segments):
-    """The last T of `last` positions: scores (B, N, T, S), softmax, values."""
+def _rows(q, q_distance, k, v, r, segments):
+    """The last T of S positions, (N, B, T, H) to (N, B, T, H): scores, softmax, values."""
+    (n, b, t, h), s = q.shape, k.shape[2]
     f32 = jnp.float32
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=f32)
-    if r is not None:
-        by_distance = jnp.einsum(
-            "BTNH,SNH->BNTS", q_distance, r[len(r) - last :], preferred_element_type=f32
-        )
-        scores += relative_shift(by_distance)
-    t, s = scores.shape[2:]
+    scores = jnp.einsum("NBTH,NBSH->NBTS", q, k, preferred_element_type=f32)
+    if r is not None:  # one product a head: distances are the same in every sequence
+        q_distance, r = q_distance.reshape(n, b * t, h), r[:, r.shape[1] - s :]
+        by_distance = jnp.einsum("NXH,NSH->NXS", q_distance, r, preferred_element_type=f32)
+        scores += relative_shift(by_distance.reshape(n, b, t, s))
     seen = jnp.asarray(np.tril(np.ones((1, 1, t, s), bool), s - t))
     if segments is not None:
-        seen = seen & _together(segments[:, last - t : last], segments[:, :last])
+        together = _together(segments[:, s - t : s], segments[:, :s])  # B 1 T S
+        seen = seen & together.swapaxes(0, 1)
     scores = jnp.where(seen, scores * q.shape[-1] ** -0.5, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+    return jnp.einsum("NBTS,NBSH->NBTH", weights, v)
 
 
 def _bias(q_distance, r) -> Float[Array, "B N T T"]:

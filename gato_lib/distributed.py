@@ -46,7 +46,8 @@ PARAMETERS: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("qkv", "kernel"): ("width", None, "heads", None),
     ("relative", "kernel"): ("width", "heads", None),
     ("out", "kernel"): ("heads", None, "width"),
-    ("up", "kernel"): ("width", None, "hidden"),
+    ("gate", "kernel"): ("width", "hidden"),
+    ("up", "kernel"): ("width", "hidden"),
     ("down", "kernel"): ("hidden", "width"),
 }
 

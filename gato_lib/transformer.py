@@ -70,23 +70,27 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """GEGLU: a projection to mlp_dim, half of it gates; then back to the width.
+    """GEGLU: gates and values, mlp_dim together; their product goes back to the width.
 
     `config.feed_forward` also knows the two other readings of Table 5, to count and compare.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, m = config.width, config.mlp_dim
-        self.gated = config.feed_forward != "gelu"
         hidden = m // 2 if config.feed_forward == "geglu" else m
-        self.up = _linear(config, d, (2 if self.gated else 1, hidden), rngs)
+        if config.feed_forward != "gelu":
+            self.gate = _linear(config, d, hidden, rngs)
+        self.up = _linear(config, d, hidden, rngs)
         self.down = _linear(config, hidden, d, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         b, t, d = x.shape
-        h = self.up(x.reshape(b * t, d))  # (B*T, 2, F), gates and values, or (B*T, 1, F)
-        h = constrain(h, "batch", None, "hidden")
-        h = jax.nn.gelu(h[:, 0]) * h[:, 1] if self.gated else jax.nn.gelu(h[:, 0])
+        x = x.reshape(b * t, d)
+        h = constrain(self.up(x), "batch", "hidden")  # (B*T, F)
+        if hasattr(self, "gate"):
+            h = jax.nn.gelu(constrain(self.gate(x), "batch", "hidden")) * h
+        else:
+            h = jax.nn.gelu(h)
         return self.down(h).reshape(b, t, d)
 
 
