@@ -16,6 +16,12 @@ A run lives in <runs>/<preset>/:
     notebooks/<name>.ipynb               executed copies
     state/<name>.json                    what the copy was made from; absent until it is finished
 
+With --distributed this is one of several processes that train together, one a host, all started
+with the same command and run folder, and with JAX_COORDINATOR_ADDRESS (host:port of process 0),
+JAX_NUM_PROCESSES and JAX_PROCESS_ID in their environments. It runs one notebook, whatever its
+state. Process 0 writes the run's files and records it; the others' executed copies are
+notebooks/<name>.worker<id>.ipynb. experiments/tpu_vm.sh starts it so on TPU VMs.
+
 Exit status: 0 done, 1 a notebook failed, 2 a mistake in the command or in a file it reads (nothing
 has run), 130 interrupted.
 """
@@ -96,12 +102,9 @@ def load_preset(name: str) -> dict[str, dict[str, Any]]:
     """The parameters a preset gives to each notebook; raises UserError."""
     path, content = _read_preset(name)
     table = load_table()
-    shared, special = content["shared"] or {}, content["notebooks"] or {}
+    shared, special = content["shared"], content["notebooks"]
     _reject_unknown(_shown(path), "notebook", special, list(table))
-    for section in (shared, *special.values()):
-        if section is not None and not isinstance(section, dict):
-            raise UserError(f"{_shown(path)}: expected 'key: value' lines, got {section!r}")
-    return {n: shared | (special.get(n) or {}) for n in table}
+    return {n: shared | special.get(n, {}) for n in table}
 
 
 # Where publishing puts the files of a run's folder.
@@ -122,15 +125,31 @@ def load_publishes(name: str) -> tuple[str, ...]:
 
 
 def _read_preset(name: str) -> tuple[pathlib.Path, dict[str, Any]]:
+    """A preset's file and its sections, with those of the preset it `extends` underneath."""
     folder = ROOT / "experiments" / "params"
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if name not in known:
         raise UserError(f"unknown preset {name!r}; {_nearest(name, known)}")
     path = folder / f"{name}.yaml"
-    sections = {"shared": {}, "notebooks": {}, "publishes": None}
     content = _read_yaml(path)
-    _reject_unknown(_shown(path), "section", content, list(sections))
-    return path, sections | content
+    sections = ("extends", "shared", "notebooks", "publishes")
+    _reject_unknown(_shown(path), "section", content, sections)
+    shared, special = content.get("shared") or {}, content.get("notebooks") or {}
+    for section in (shared, special, *(special.values() if isinstance(special, dict) else ())):
+        if section is not None and not isinstance(section, dict):
+            raise UserError(f"{_shown(path)}: expected 'key: value' lines, got {section!r}")
+    special = {n: values or {} for n, values in special.items()}
+    if (base := content.get("extends")) is not None:
+        if base == name or base not in known:
+            raise UserError(f"{_shown(path)}: extends {base!r}; {_nearest(str(base), known)}")
+        if "extends" in _read_yaml(folder / f"{base}.yaml"):
+            raise UserError(f"{_shown(path)}: {base}, which it extends, itself extends a preset")
+        below = _read_preset(base)[1]
+        shared = below["shared"] | shared
+        special = below["notebooks"] | {
+            n: below["notebooks"].get(n, {}) | values for n, values in special.items()
+        }
+    return path, {"shared": shared, "notebooks": special, "publishes": content.get("publishes")}
 
 
 def validate_parameters(
@@ -262,6 +281,7 @@ class Run:
     table: dict[str, Notebook]
     parameters: dict[str, dict[str, Any]]
     publishes: tuple[str, ...] = ()
+    worker: int = 0  # above 0: a process of a distributed run that records nothing
 
     def state_path(self, name: str) -> pathlib.Path:
         return self.folder / "state" / f"{name}.json"
@@ -331,6 +351,9 @@ class Run:
         """Make the folders and keep a second driver out; raises UserError when one is at work."""
         for sub in ("data", "agents", "results", "figures", "notebooks", "state"):
             (self.folder / sub).mkdir(parents=True, exist_ok=True)
+        if self.worker:  # process 0 holds the lock
+            yield
+            return
         with open(self.folder / "state" / "lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -345,10 +368,12 @@ class Run:
         """Run one notebook and record it, whole or not at all; returns the minutes it took."""
         import papermill
 
-        final = self.folder / "notebooks" / f"{name}.ipynb"
-        partial = final.with_name(f".{name}.partial.ipynb")
+        copy = f"{name}.worker{self.worker}" if self.worker else name
+        final = self.folder / "notebooks" / f"{copy}.ipynb"
+        partial = final.with_name(f".{copy}.partial.ipynb")
         fingerprint = self.fingerprint(name)  # of the sources as they are when the kernel starts
-        self.state_path(name).unlink(missing_ok=True)
+        if not self.worker:
+            self.state_path(name).unlink(missing_ok=True)
         begin = time.monotonic()
         try:
             papermill.execute_notebook(
@@ -375,6 +400,8 @@ class Run:
             raise NotebookError(f"{text}\n  executed so far: {_shown(partial)}") from error
         minutes = (time.monotonic() - begin) / 60
         os.replace(partial, final)
+        if self.worker:
+            return minutes
         if missing := self.missing(name):
             raise NotebookError(f"{name} ended without writing {', '.join(missing)}")
         state = {"fingerprint": fingerprint, "finished": time.time(), "minutes": round(minutes, 2)}
@@ -477,7 +504,29 @@ def plan(options: argparse.Namespace) -> tuple[Run, list[str], list[str]]:
             raise UserError("run_dir is set by run.py: use --runs")
         parameters[name] = values
     run = Run(options.runs.absolute() / options.preset, table, parameters, publishes)
+    if options.distributed:
+        if len(options.notebook) != 1 or options.publish:
+            raise UserError("--distributed runs one --notebook, without --publish")
+        run.worker = _process_id()
+        if not run.worker and (stale := run.stale(names[:-1], ())):
+            first = next(n for n in names if n in stale)
+            raise UserError(f"--distributed: {asked[0]} needs {first}; run that first, without it")
+        names = asked
     return run, asked, names
+
+
+def _process_id() -> int:
+    """This process's number in a distributed run; raises UserError."""
+    wanted = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if missing := [name for name in wanted if not os.environ.get(name)]:
+        raise UserError(f"--distributed: {', '.join(missing)} must be set in the environment")
+    count, number = (os.environ[name] for name in wanted[1:])
+    if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
+        raise UserError(
+            f"--distributed: JAX_PROCESS_ID is {number!r} and JAX_NUM_PROCESSES {count!r}: "
+            "expected whole numbers, the first below the second"
+        )
+    return int(number)
 
 
 def _parse_set(text: str) -> tuple[str, Any]:
@@ -542,6 +591,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--publish", action="store_true", help="then update committed rows, figures, outputs"
     )
+    parser.add_argument(
+        "--distributed", action="store_true", help="be one of several processes (see above)"
+    )
     parser.add_argument("--list", action="store_true", help="list the notebooks and stop")
     options = parser.parse_args(arguments)
     try:
@@ -553,7 +605,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         run, asked, names = plan(options)
         with run.locked():
-            run_all(run, options.preset, names, asked if options.force else ())
+            forced = asked if options.force or options.distributed else ()
+            run_all(run, options.preset, names, forced)
             if options.publish:
                 done = run.publish()
                 print(f"published {len(done)} files: {', '.join(done)}")

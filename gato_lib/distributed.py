@@ -232,7 +232,7 @@ def place(local: Any, mesh: Mesh, placement: Placement) -> Any:
 
         def shard(where: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = where[0].indices(shape[0])
-            if (first, last) == (0, shape[0]) and len(index) == placement.parts:
+            if (first, last) == (0, shape[0]):  # whole on every device: all there is, or empty
                 return x
             begin = index[first // each] * each + first % each
             return x[begin : begin + last - first]

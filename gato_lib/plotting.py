@@ -155,12 +155,16 @@ def score_bars(scores: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def loss_curves(metrics: pd.DataFrame, ax: Axes) -> Axes:
-    """Training loss by domain over tokens; `metrics` has tokens, domain, loss."""
+    """Training loss by domain over tokens, and validation loss as circles where it was measured.
+
+    `metrics` has the columns tokens, domain, loss and validation_loss.
+    """
     for domain, group in metrics.groupby("domain"):
         smooth = group.loss.ewm(span=10).mean()
         x = group.tokens / 1e6
         ax.plot(x, group.loss, color=DOMAIN_COLORS[domain], lw=0.5, alpha=0.35)
         ax.plot(x, smooth, color=DOMAIN_COLORS[domain], lw=1.5)
+        ax.plot(x, group.validation_loss, "o", color=DOMAIN_COLORS[domain], ms=3, mfc="white")
         ax.annotate(
             DOMAIN_NAMES[domain],
             (x.iloc[-1], smooth.iloc[-1]),
@@ -171,6 +175,7 @@ def loss_curves(metrics: pd.DataFrame, ax: Axes) -> Axes:
             annotation_clip=False,
         )
     ax.set(xlabel="Tokens seen (millions)", ylabel="Masked loss (nats per target)")
+    ax.set_title("lines: training; circles: held-out episodes", fontsize="small", color="0.4")
     return ax
 
 

@@ -283,7 +283,13 @@ class Workbook:
         return self.driver.main(["--preset", "tiny", *arguments])
 
     def plan(self, **options):
-        defaults = {"preset": "tiny", "notebook": [], "set": [], "publish": False}
+        defaults = {
+            "preset": "tiny",
+            "notebook": [],
+            "set": [],
+            "publish": False,
+            "distributed": False,
+        }
         runs = self.root / "experiments/runs"
         return self.driver.plan(argparse.Namespace(**defaults | {"runs": runs} | options))
 
@@ -345,6 +351,10 @@ def workbook(tmp_path):
         ([], "notebooks: {first: {run_dir: x}}", ["run_dir is set by run.py"]),
         ([], "notebooks: {second: {fail: maybe}}", ["second: fail: expected bool"]),
         ([], "shared: [", ["tiny.yaml"]),
+        ([], "extends: tiny", ["tiny.yaml: extends 'tiny'"]),
+        ([], "extends: huge", ["tiny.yaml: extends 'huge'", "known: tiny"]),
+        (["--distributed"], None, ["--distributed runs one --notebook"]),
+        (["--distributed", "--notebook", "first"], None, ["JAX_COORDINATOR_ADDRESS"]),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(workbook, capsys, arguments, preset, expected):
@@ -356,6 +366,38 @@ def test_mistakes_are_told_before_anything_runs(workbook, capsys, arguments, pre
     for part in expected:
         assert part in error
     assert not workbook.folder.exists()
+
+
+def test_a_preset_extends_another(workbook, capsys):
+    base = "shared: {label: base}\nnotebooks: {first: {steps: 5, rate: 2.0}}\n"
+    (workbook.root / "experiments/params/base.yaml").write_text(base)
+    workbook.preset("extends: base\nshared: {preset: tiny}\nnotebooks: {first: {steps: 7}}")
+    values = workbook.driver.load_preset("tiny")["first"]
+    assert values == {"label": "base", "steps": 7, "rate": 2.0, "preset": "tiny"}
+    assert workbook.driver.load_publishes("tiny") == ()
+    (workbook.root / "experiments/params/base.yaml").write_text("extends: tiny")
+    assert workbook.main() == 2 and "itself extends" in capsys.readouterr().err
+
+
+def test_one_of_several_processes(workbook, capsys, monkeypatch):
+    """Process 0 wants the needs done and records; others run one notebook and record nothing."""
+    for name, value in (("COORDINATOR_ADDRESS", "localhost:1"), ("NUM_PROCESSES", "2")):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    second = ("--distributed", "--notebook", "second")
+    assert workbook.main(*second) == 2 and "the first below the second" in capsys.readouterr().err
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    assert workbook.main(*second) == 2 and "second needs first" in capsys.readouterr().err
+    assert workbook.main("--notebook", "first") == 0
+    assert workbook.main(*second) == 0
+    recorded = sorted(p.name for p in (workbook.folder / "state").glob("*.json"))
+    assert recorded == ["first.json", "second.json"]
+    before = (workbook.folder / "state/second.json").read_text()
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    with workbook.plan()[0].locked():  # process 0 is at work
+        assert workbook.main(*second) == 0
+    assert (workbook.folder / "state/second.json").read_text() == before
+    assert (workbook.folder / "notebooks/second.worker1.ipynb").is_file()
 
 
 def test_parameters_that_fit(workbook):

@@ -1,0 +1,399 @@
+"""The train step compiled by Google's TPU compiler, for slices that need not be there.
+
+The compiler is a library for the CPU, libtpu, and JAX can hand it a program for any slice by name
+(`jax.experimental.topologies`). It says what a device would hold and exchange, and refuses what
+does not fit; nothing is run and nothing is timed on a TPU. Needs the `tpu` extra, a few GB of
+memory and, for all configurations, about ten minutes on two cores:
+
+    EXTRAS=dev,tpu make setup
+    python experiments/benchmarks/tpu_compile.py
+
+Batches are the worst case: every position a target, one distinct patch for every two tokens, rows
+packed. Layers are scanned and rematerialised, products bfloat16, parameters float32. Each
+configuration is compiled in a process of its own, and what it answered is kept in
+experiments/runs/tpu_compile until the code or a version changes, so an interrupted run goes on.
+When all have answered, experiments/results/tpu_compile.csv is written. Its rows:
+
+    domain   the slice, as the compiler names it        task   the network
+    run      mesh (data x fsdp x tensor), attention, sequences of 1,024 tokens, "text" if without
+             patches
+    n        devices: two a chip on v3, one on the others
+    metric   compiled   1, or 0 where the compiler refused for another reason than memory
+             fits       1, or 0 where HBM is too small; "used" and "capacity" are then what it named
+             ... bytes  by `memory_analysis`, for one device; "alias" is output written over
+                        arguments, "code" the program
+             flops, bytes accessed   by `cost_analysis`. It counts the body of the loop over layers
+                        once, not depth times, and flops of matrix products and others alike
+             KIND inside|outside, count|bytes   collectives a step, inside the loop over layers
+                        (times its turns) and outside, and the bytes a device sends for them
+
+Attention "flash" chooses its kernel by the backend that JAX runs on, which is a CPU here; this
+script tells it "tpu".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+LENGTH = 1024
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+# --- reading a compiled program -------------------------------------------------------------------
+
+
+class Collective(NamedTuple):
+    """A collective instruction of a compiled program.
+
+    Attributes:
+      times: how often a step executes it; inside: in a loop's body.
+      result: bytes of its result on a device. sent: bytes that a device sends for one execution,
+        in a ring of `group` devices. For an all-gather of R bytes in all that is R (g - 1) / g,
+        for an all-reduce twice as much.
+      source: the line of Python's trace that it came from, shortened.
+    """
+
+    kind: str
+    times: int
+    inside: bool
+    group: int
+    result: int
+    sent: float
+    types: str
+    source: str
+
+
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4}
+WIDTHS |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8, "token": 0}
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"\b(body|condition|calls|async_wrapped)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+
+
+def collectives(program: str, devices: int) -> list[Collective]:
+    """Every collective in the text of a compiled program (`compiled.as_text()`).
+
+    The text is a list of computations; those of a loop's body are executed once a turn. How many
+    turns there are is read from the loop's annotation, or from the constant that its counter is
+    compared with.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in program.splitlines():
+        if head := _HEAD.match(line):
+            name = head[2]
+            bodies[name] = []
+            entry = name if head[1] else entry
+        elif name:
+            bodies[name].append(line)
+    found: dict[str, Collective] = {}
+
+    def visit(computation: str, times: int, inside: bool) -> None:
+        for line in bodies.get(computation, ()):
+            if hit := _COLLECTIVE.search(line):
+                # A TPU program starts, continues and ends an overlapped exchange in several
+                # computations; the channel says that they are one.
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = channel[1] if channel else f"{computation} {len(found)}"
+                found.setdefault(key, _collective(line, hit, times, inside, devices))
+            loop = re.search(r"\bwhile\(.*body=", line)
+            turns = _turns(line, bodies) if loop else 1
+            called = [c for _, c in _CALLED.findall(line)]
+            for group in _BRANCHES.findall(line):
+                called += [c.strip().lstrip("%") for c in group.split(",")]
+            for c in called:
+                visit(c, times * turns, inside or bool(loop))
+
+    visit(entry, 1, False)
+    return list(found.values())
+
+
+def _turns(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop's body is executed."""
+    if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"\}', line):
+        return int(known[1])
+    condition = bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]]
+    constants = [m[1] for x in condition if (m := re.search(r" = s32\[\]\S* constant\((\d+)\)", x))]
+    if len(constants) != 1 or not any("direction=LT" in x for x in condition):
+        raise ValueError(f"cannot tell how often this loop turns: {line[:200]}")
+    return int(constants[0])
+
+
+def _collective(line: str, hit: re.Match, times: int, inside: bool, devices: int) -> Collective:
+    types, kind, start = hit.groups()
+    group = _group_size(line, devices)
+    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", types)
+    arrays = [(WIDTHS[t], [int(n) for n in s.split(",") if n]) for t, s in arrays if t in WIDTHS]
+    size = sum(w * _product(s) for w, s in arrays)
+    if start and kind == "all-gather":  # operands and results
+        size = round(size * group / (group + 1))
+    elif start and kind == "collective-permute":
+        size = size // 2
+    sent = {
+        "all-gather": size * (group - 1) / group,
+        "all-reduce": 2 * size * (group - 1) / group,
+        "reduce-scatter": size * (group - 1),
+        "all-to-all": size * (group - 1) / group,
+        "collective-permute": size,
+    }[kind]
+    source = re.search(r'op_name="([^"]*)"', line)
+    source = "" if source is None else source[1].removeprefix("jit(step_fn)/")
+    types = ", ".join("x".join(map(str, s)) or "1" for _, s in arrays)
+    return Collective(kind, times, inside, group, size, sent, types, source)
+
+
+def _product(numbers: list[int]) -> int:
+    out = 1
+    for n in numbers:
+        out *= n
+    return out
+
+
+def _group_size(line: str, devices: int) -> int:
+    """How many devices take part: the replica groups have three ways of being written."""
+    if "source_target_pairs" in line:
+        return devices
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return _product([int(part or sizes[axis]) for axis, part in axes])
+    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(tiled[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return listed[1].count(",") + 1
+    return devices
+
+
+# --- what is compiled -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A network on a slice."""
+
+    size: str
+    slice: str
+    mesh: tuple[int, int, int]
+    sequences: int
+    attention: str = "dot_product"
+    images: bool = True  # one distinct patch for every two tokens, or none
+
+    @property
+    def name(self) -> str:
+        images = "" if self.images else " text"
+        return f"{'x'.join(map(str, self.mesh))} {self.attention} {self.sequences}{images}"
+
+    @property
+    def file(self) -> str:
+        return re.sub("[^a-zA-Z0-9.]+", "_", f"{self.slice} {self.size} {self.name}") + ".json"
+
+
+SETUPS = (
+    # The paper's slice: 16 x 16 chips, two devices each.
+    Setup("1.18B", "v3:16x16", (1, 512, 1), 512),
+    Setup("1.18B", "v3:16x16", (1, 512, 1), 512, images=False),
+    Setup("1.18B", "v3:16x16", (16, 32, 1), 512),
+    Setup("1.18B", "v3:16x16", (1, 128, 4), 512),
+    Setup("1.18B", "v3:16x16", (512, 1, 1), 512),
+    Setup("1.18B", "v3:16x16", (1, 512, 1), 512, "blocked"),
+    Setup("1.18B", "v3:16x16", (1, 512, 1), 512, "flash"),
+    Setup("364M", "v3:16x16", (1, 512, 1), 512),
+    Setup("79M", "v3:16x16", (1, 512, 1), 512),
+    # 256 chips of later generations.
+    Setup("1.18B", "v4:4x8x8", (1, 256, 1), 512),
+    Setup("1.18B", "v5e:16x16", (1, 256, 1), 512),
+    Setup("1.18B", "v5e:16x16", (1, 256, 1), 512, "flash"),
+    Setup("1.18B", "v5p:4x8x8", (1, 256, 1), 512),
+    Setup("1.18B", "v6e:16x16", (1, 256, 1), 512),
+    # One host of eight chips.
+    Setup("79M", "v5e:2x4", (1, 8, 1), 64),
+    Setup("364M", "v5e:2x4", (1, 8, 1), 32),
+    Setup("1.18B", "v5e:2x4", (1, 8, 1), 16),
+    Setup("1.18B", "v5e:2x4", (1, 8, 1), 64),
+)
+
+
+def answer(setup: Setup) -> dict[str, float]:
+    """Compile one configuration and say what the compiler said."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    from gato_lib import attention, distributed
+    from gato_lib.config import TrainConfig, model_config
+    from gato_lib.training import abstract_batch, lower_step
+
+    kernel = attention._flash
+    attention._flash = lambda q, qd, k, v, r, backend, segments=None: kernel(
+        q, qd, k, v, r, "tpu", segments
+    )
+    # On v4 the two halves of a chip are joined only when that is asked for; later they always are.
+    joined = {"chip_config_name": "megacore"} if setup.slice.startswith("v4") else {}
+    slice_ = topologies.get_topology_desc(setup.slice, "tpu", **joined)
+    mesh = distributed.make_mesh(*setup.mesh, devices=slice_.devices)
+    model = model_config(
+        setup.size,
+        scan_layers=True,
+        remat=True,
+        compute_dtype="bfloat16",
+        attention=setup.attention,
+    )
+    patches = setup.sequences * LENGTH // 2 * setup.images
+    batch = abstract_batch(setup.sequences, LENGTH, LENGTH, patches, packed=True)
+    numbers: dict[str, float] = {"devices": mesh.size}
+    begin = time.perf_counter()
+    try:
+        compiled = lower_step(model, TrainConfig(), batch, mesh).compile()
+    except Exception as error:
+        text = str(error)
+        print(text[:2000], file=sys.stderr)
+        units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        named = re.search(r"Used ([\d.]+)([KMGT]?)\w* of ([\d.]+)([KMGT]?)\w* hbm", text)
+        numbers |= {"compiled": 1.0 if named else 0.0, "seconds": time.perf_counter() - begin}
+        if named:
+            numbers |= {
+                "fits": 0.0,
+                "used bytes": float(named[1]) * units[named[2]],
+                "capacity bytes": float(named[3]) * units[named[4]],
+            }
+        return numbers
+    numbers |= {"compiled": 1.0, "fits": 1.0, "seconds": time.perf_counter() - begin}
+    memory = compiled.memory_analysis()
+    for part, field in (
+        ("argument", "argument"),
+        ("output", "output"),
+        ("alias", "alias"),
+        ("temporary", "temp"),
+        ("code", "generated_code"),
+    ):
+        numbers[f"{part} bytes"] = float(getattr(memory, f"{field}_size_in_bytes"))
+    cost = compiled.cost_analysis()
+    numbers |= {"flops": cost["flops"], "bytes accessed": cost["bytes accessed"]}
+    found = collectives(compiled.as_text(), mesh.size)
+    turns = {c.times for c in found if c.inside}
+    if turns - {model.depth}:
+        raise ValueError(f"loops turn {turns} times, expected the depth, {model.depth}")
+    for kind in KINDS:
+        for where in ("inside", "outside"):
+            some = [c for c in found if c.kind == kind and c.inside == (where == "inside")]
+            numbers[f"{kind} {where}, count"] = float(sum(c.times for c in some))
+            numbers[f"{kind} {where}, bytes"] = float(sum(c.times * c.sent for c in some))
+    numbers["largest result bytes"] = float(max((c.result for c in found), default=0))
+    return numbers
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out")
+    parser.add_argument("--only", default="", help="compile those whose slice and name hold this")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds a configuration")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child is not None:
+        numbers = answer(SETUPS[args.child])
+        numbers["peak GB of this machine"] = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        )
+        print(json.dumps(numbers))
+        return 0
+    package = importlib.util.find_spec("libtpu")
+    if package is None:
+        print("the TPU compiler is not installed: EXTRAS=dev,tpu make setup", file=sys.stderr)
+        return 2
+    from gato_lib import results
+    from gato_lib.config import source_digest
+    from gato_lib.files import write_text
+    from gato_lib.workbook import TRAINING_CODE
+
+    versions = f"{results.versions()} libtpu={importlib.metadata.version('libtpu')}"
+    key = "-".join(
+        [
+            source_digest(*TRAINING_CODE),
+            hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:8],
+            hashlib.sha256(versions.encode()).hexdigest()[:8],
+        ]
+    )
+    kept = results.REPOSITORY / "experiments/runs/tpu_compile" / key
+    # The compiler takes the machine for a worker of a slice; it only wants to be told which.
+    environment = os.environ | {
+        "TPU_LIBRARY_PATH": str(pathlib.Path(package.origin).parent / "libtpu.so"),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-256",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so there is nothing to lock
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # the seconds are to mean something
+        "PYTHONPATH": os.pathsep.join(
+            [str(results.REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+    }
+    failed = []
+    for i, setup in enumerate(SETUPS):
+        label = f"{setup.slice:10} {setup.size:6} {setup.name:28}"
+        path = kept / setup.file
+        if args.only not in f"{setup.slice} {setup.size} {setup.name}":
+            continue
+        if not path.is_file():
+            command = [sys.executable, __file__, "--child", str(i)]
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=args.timeout, env=environment
+                )
+                lines, why = done.stdout.splitlines(), done.stderr.strip()[-2000:]
+                code = done.returncode
+            except subprocess.TimeoutExpired:
+                lines, why, code = [], f"not done in {args.timeout:.0f} s", 1
+            if code or not lines:
+                print(f"{label} FAILED\n{why}", flush=True)
+                failed.append(label)
+                continue
+            if why:
+                write_text(path.with_suffix(".log"), why)
+            write_text(path, lines[-1])
+        print(f"{label} {_line(json.loads(path.read_text()))}", flush=True)
+    paths = [kept / s.file for s in SETUPS]
+    if not all(p.is_file() for p in paths):
+        print(f"{len(failed)} failed; no rows written until every configuration has answered")
+        return 1 if failed else 0
+    rows = []
+    for setup, path in zip(SETUPS, paths, strict=True):
+        numbers = json.loads(path.read_text())
+        devices = int(numbers.pop("devices"))
+        for metric, value in numbers.items():
+            row = results.row(setup.name, 0, 0, setup.slice, setup.size, metric, value, devices)
+            rows.append(row | {"versions": versions})
+    results.write_rows(args.out or results.COMMITTED / "tpu_compile.csv", rows)
+    return 0
+
+
+def _line(numbers: dict[str, float]) -> str:
+    gib, seconds = 2**30, f"{numbers['seconds']:4.0f} s"
+    if not numbers["compiled"]:
+        return f"{seconds}  refused"
+    if not numbers["fits"]:
+        used, capacity = numbers["used bytes"] / gib, numbers["capacity bytes"] / gib
+        return f"{seconds}  does not fit: {used:.2f} of {capacity:.2f} GiB"
+    sent = sum(v for k, v in numbers.items() if k.endswith(", bytes"))
+    return (
+        f"{seconds}  arguments {numbers['argument bytes'] / gib:.3f}, temporaries "
+        f"{numbers['temporary bytes'] / gib:.2f} GiB, {sent / gib:.2f} GiB sent a step"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
