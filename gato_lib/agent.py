@@ -7,8 +7,9 @@ trained; nothing is cached yet.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +44,8 @@ class Agent:
     """A trained network and how it chooses.
 
     Args:
+      context_length: most tokens it sees at a time.
+      lengths: fewer for the domains named, as in their training rows (`for_domain`).
       continuous, discrete: "sample" (temperature 1), "greedy", or, for continuous actions,
         "mean": the mean of the bin distribution, rounded to a bin.
     """
@@ -53,6 +56,7 @@ class Agent:
         params: Any,
         text: tokenizers.TextTokenizer | None,
         context_length: int,
+        lengths: Mapping[str, int] | None = None,
         *,
         continuous: str = "sample",
         discrete: str = "sample",
@@ -63,9 +67,15 @@ class Agent:
             raise ValueError(f"discrete is {discrete!r}, expected one of {CHOICES[:2]}")
         check_text(config, text)
         self.config, self.params, self.text = config, params, text
-        self.context_length = context_length
+        self.context_length, self.lengths = context_length, dict(lengths or {})
         self.continuous, self.discrete = continuous, discrete
         self._graph = graph_of(config)
+
+    def for_domain(self, domain: str) -> Agent:
+        """The same agent with the context it was trained with in a domain."""
+        agent = copy.copy(self)
+        agent.context_length = self.lengths.get(domain, self.context_length)
+        return agent
 
     def tokenizer(self, env) -> Tokenizer:
         return Tokenizer(

@@ -107,13 +107,14 @@ class Checkpointer:
         validation_loss: float | None = None,
     ) -> None:
         """Start saving arrays and plain counters; the previous save is finished first."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), counters=ocp.args.JsonSave(counters)
-            ),
-            metrics=None if validation_loss is None else {"validation_loss": validation_loss},
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), counters=ocp.args.JsonSave(counters)
         )
+        if validation_loss is not None:
+            self._manager.save(step, args=args, metrics={"validation_loss": validation_loss})
+            return
+        with _silenced("absl"):  # Orbax warns that there is nothing to rank this one by
+            self._manager.save(step, args=args)
 
     def restore(self, state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, counters) of a checkpoint, the latest by default.

@@ -105,7 +105,7 @@ def rollouts(
             return None
         if task not in known:
             known[task] = demonstrations(task)
-        return agent.prompt(tokenizer, known[task][reset_seed % len(known[task])], prompt)
+        return player.prompt(tokenizer, known[task][reset_seed % len(known[task])], prompt)
 
     for task in tasks:
         domains.domain_of(task)  # an unknown task is named before anything is played
@@ -121,10 +121,11 @@ def rollouts(
                 active.append(_Lane(task, domains.make_env(task), left[lane::lanes]))
         if not active:
             continue
-        tokenizer = agent.tokenizer(active[0].env)
+        player = agent.for_domain(domain)
+        tokenizer = player.tokenizer(active[0].env)
         active = [lane for lane in active if lane.start(seed, make_prompt)]
         while active:
-            actions = agent.act(tokenizer, [lane.history for lane in active])
+            actions = player.act(tokenizer, [lane.history for lane in active])
             over = [lane for lane, a in zip(active, actions, strict=True) if lane.step(a)]
             for lane in over:
                 rows.append(

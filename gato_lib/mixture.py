@@ -51,7 +51,7 @@ PAPER_WEIGHTS: dict[str, tuple[str, float]] = {
     "vqav2": ("VQAv2", 0.67),
 }
 
-PACK_ABOVE = 0.05  # share of padding from which rows take further windows
+PACK_ABOVE = 0.08  # share of padding from which rows take further windows
 VALIDATION_BATCHES = 4  # of each domain
 
 
@@ -192,11 +192,10 @@ def build_group(
                 last = _window_end(offsets, first, end, config.context_length)
                 longest = max(longest, int(offsets[last] - offsets[first]))
         step = int(ends[-1])
-    group = Group(name, seq, tasks, length=longest)
-    _set_batch_size(group, config)
-    if padding_share(group, config) > PACK_ABOVE:
-        group.packed, group.length = True, config.context_length
-        _set_batch_size(group, config)
+    group = Group(name, seq, tasks)
+    if _choose_length(group, config, longest, int(steps.max())) > PACK_ABOVE:
+        group.packed = True
+        _choose_length(group, config, config.context_length, int(steps.max()))
     mask = np.concatenate([[0], np.cumsum(seq.loss_mask(config.text_loss))])
     per_step = mask[offsets[1:]] - mask[offsets[:-1]]
     # No row holds more targets than its densest steps repeated until the row is full.
@@ -209,9 +208,20 @@ def build_group(
     return group
 
 
-def _set_batch_size(group: Group, config: DataConfig) -> None:
-    multiple = config.rows_multiple
-    group.batch_size = max(1, config.batch_tokens // group.length // multiple) * multiple
+def _choose_length(group: Group, config: DataConfig, most: int, step: int) -> float:
+    """Set T, between `most` and less by a step's tokens, where least is padding; returns the share.
+
+    A row holds whole steps: a length that does not fit them is partly padding in every row.
+    """
+
+    def padding(length: int) -> float:
+        group.length = length
+        multiple = config.rows_multiple
+        group.batch_size = max(1, config.batch_tokens // length // multiple) * multiple
+        return padding_share(group, config)
+
+    shares = {length: padding(length) for length in range(most, max(most - step, step - 1), -1)}
+    return padding(min(shares, key=shares.get))
 
 
 def _samples(group: Group, config: DataConfig, stream: int, count: int) -> list[list[Row]]:

@@ -230,24 +230,26 @@ def train_agent(
     check_text(model, prepared.text)
     code = source_digest(*TRAINING_CODE)
     meta = {"model": model.to_dict(), "train": config.to_dict(), "data": data.to_dict()}
+    meta["lengths"] = {group.name: group.length for group in prepared.mixture.groups}
     digest = "".join([c.digest()[:4] for c in (model, config, data)] + [code[:4]])
     folder = run.agents / f"{name}-{digest}"
     checkpointer = Checkpointer(folder, meta | {"code": code})
     writer = distributed.is_writer()
     if writer and prepared.text is not None:
         write_bytes(folder / "text.model", prepared.text.path.read_bytes())
-    path = folder / "metrics.csv"
+    path, start = folder / "metrics.csv", checkpointer.latest() or 0
     rows = []
     if path.is_file():
         old = pd.read_csv(path)
-        rows = old[old.step <= (checkpointer.latest() or 0)].to_dict("records")  # others come again
+        rows = old[old.step <= start].to_dict("records")  # others come again
     progress = Progress()
     with contextlib.ExitStack() as stack:
         stack.callback(checkpointer.close)
         log = stack.enter_context(_tensorboard(folder)) if tensorboard and writer else None
-        for metrics, _ in train(
-            model, config, prepared.mixture, checkpointer, mesh=mesh, **cadence
-        ):
+        reports = ()
+        if start < config.steps:
+            reports = train(model, config, prepared.mixture, checkpointer, mesh=mesh, **cadence)
+        for metrics, _ in reports:
             rows += _metric_rows(metrics)
             if writer:
                 write_text(path, pd.DataFrame(rows).to_csv(index=False))
@@ -324,7 +326,7 @@ def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices:
     _, state, _ = checkpointer.restore(shapes, step)
     checkpointer.close()
     text = TextTokenizer(folder / "text.model") if (folder / "text.model").is_file() else None
-    return Agent(model, state["params"], text, data.context_length, **choices)
+    return Agent(model, state["params"], text, data.context_length, meta["lengths"], **choices)
 
 
 def find_agent(run: Run, name: str) -> pathlib.Path | None:

@@ -184,7 +184,8 @@ def test_short_episodes_are_packed(text, demonstrations):
     long = dataclasses.replace(DATA, context_length=1024, batch_tokens=4096, rows_multiple=4)
     by_name = {g.name: g for g in make_groups(text, demonstrations, long)}
     baby = by_name["babyai"]
-    assert baby.packed and baby.length == 1024 and baby.batch_size == 4
+    step = np.diff(baby.seq.offsets).max()
+    assert baby.packed and 1024 - step < baby.length <= 1024 and baby.batch_size == 4
     for row in Mixture(list(by_name.values()), long).describe():
         assert row["padding"] < 0.1, row
     batch = group_batch(baby, long, 3).batch

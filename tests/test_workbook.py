@@ -46,6 +46,52 @@ def test_a_tiny_agent_is_trained_found_and_loaded(tmp_path, monkeypatch):
     assert workbook.tiny_agent(run, "g", 0) == folder
 
 
+def test_what_watches_a_training(tmp_path):
+    """Live curves are given every report; TensorBoard's file holds the same numbers."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    run = Run(tmp_path, "smoke")
+    data = DataConfig(
+        tasks=("metaworld/drawer-close",),
+        episodes=(("metaworld", 4),),
+        context_length=44,
+        batch_tokens=88,
+        validation_fraction=0.25,
+        vocabulary_size=1024,
+    )
+    seen = []
+    folder, metrics = workbook.train_agent(
+        run,
+        "a",
+        model_config("w64d2", text_rows=1024),
+        TrainConfig(steps=4, warmup_steps=1),
+        workbook.prepare(run, data),
+        watch=lambda frame: seen.append(frame.step.max()),
+        tensorboard=True,
+        report_every=2,
+        save_every=4,
+    )
+    assert seen == [2, 4]
+    assert metrics.validation_loss.isna().tolist() == [True, False]
+    assert metrics.continuous_loss.notna().all() and metrics.text_loss.isna().all()
+    (path,) = (folder / "tensorboard").iterdir()
+    content, logged = path.read_bytes(), {}
+    while content:  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
+        size = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + size])
+        for value in event.summary.value:
+            logged[event.step, value.tag] = value.simple_value
+        content = content[16 + size :]
+    last = metrics.iloc[-1]
+    assert logged[4, "loss/metaworld"] == pytest.approx(last.loss)
+    assert logged[4, "validation_loss/metaworld"] == pytest.approx(last.validation_loss)
+    assert logged[2, "gradient_norm"] == pytest.approx(metrics.gradient_norm[0])
+    for checkpoint in ("latest", "best"):
+        assert workbook.load_agent(folder, checkpoint).lengths == {"metaworld": 44}
+    with pytest.raises(ConfigError, match="checkpoint is 'last'"):
+        workbook.load_agent(folder, "last")
+
+
 @pytest.mark.slow
 def test_trials_side_by_side_equal_trials_in_turn(tmp_path):
     network = model_config("w64d2", text_rows=1024, stochastic_depth=0.0)
