@@ -222,6 +222,9 @@ class Placement:
         return np.concatenate([np.arange(p * each, (p + 1) * each) for p in self.owners[process]])
 
 
+ALONE = Placement()  # one process, one device
+
+
 def place(local: Any, mesh: Mesh, placement: Placement) -> Any:
     """Arrays over all devices from this process's parts of them, first dimensions in order."""
     index = {part: i for i, part in enumerate(placement.mine)}

@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from gato_lib.config import ConfigError, DataConfig
-from gato_lib.distributed import Placement
+from gato_lib.distributed import ALONE, Placement
 from gato_lib.sequence import Batch, TokenSequence, concatenate, make_batch
 
 # Table 1's weights in per cent. The rows as printed sum to 99.93, and are renormalised over what a
@@ -315,7 +315,7 @@ def group_batch(
     group: Group,
     config: DataConfig,
     seed: int,
-    placement: Placement = Placement(),  # noqa: B008 (frozen)
+    placement: Placement = ALONE,
     held_out: bool = False,
 ) -> Sample:
     """This process's rows of the batch that `seed` names; patches in slots for each of its parts.
@@ -397,7 +397,7 @@ class Mixture:
         weights = {g.name: weights.get(g.name, 1.0) for g in self.groups}
         self.weights = {n: w / sum(weights.values()) for n, w in weights.items()}
 
-    def dataset(self, seed: int = 0, placement: Placement = Placement()) -> grain.MapDataset:  # noqa: B008
+    def dataset(self, seed: int = 0, placement: Placement = ALONE) -> grain.MapDataset:
         """Samples by number. `seed` is the training run's: other batches of one data set."""
 
         def source(group: Group) -> grain.MapDataset:
@@ -415,11 +415,11 @@ class Mixture:
     def __getitem__(self, index: int) -> Sample:
         return self.dataset()[index]
 
-    def iterate(self, seed: int = 0, placement: Placement = Placement()) -> Batches:  # noqa: B008
+    def iterate(self, seed: int = 0, placement: Placement = ALONE) -> Batches:
         """Samples from the first on."""
         return Batches(self.dataset(seed, placement))
 
-    def validation(self, placement: Placement = Placement()) -> list[Sample]:  # noqa: B008
+    def validation(self, placement: Placement = ALONE) -> list[Sample]:
         """The same batches of held-out episodes at every call, some of each domain that has any."""
         return [
             group_batch(group, self.config, number, placement, held_out=True)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gato_lib import distributed
 from gato_lib.checkpoint import Checkpointer
 from gato_lib.config import ModelConfig, TrainConfig
-from gato_lib.distributed import Placement
+from gato_lib.distributed import ALONE, Placement
 from gato_lib.mixture import Mixture, Sample
 from gato_lib.model import Gato, forward_flops, modality_losses
 from gato_lib.sequence import MODALITIES, PADDING_POSITION, Batch
@@ -322,7 +322,7 @@ def train(
     checkpoint stays.
     """
     mesh = None if mesh is None or mesh.size == 1 else mesh
-    placement = Placement() if mesh is None else Placement.of(mesh)
+    placement = ALONE if mesh is None else Placement.of(mesh)
     state = initial_state(model, config, mesh)
     batches = mixture.iterate(config.seed, placement)
     start, tally = 0, _Tally()
