@@ -20,12 +20,15 @@ and so cannot hold that term.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gato_lib.config import ConfigError
+from gato_lib.distributed import on_each_device
 
 BLOCK = 128  # query rows of "blocked"; half of it where sequences are short
 MASKED = -1e9
@@ -138,6 +141,15 @@ def _flash(q, q_distance, k, v, r, backend, segments=None):
         raise ConfigError("attention 'flash' on a GPU needs compute_dtype 'bfloat16'")
     if backend == "gpu" and q.shape[-1] % 8:
         raise ConfigError(f"attention 'flash' on a GPU: head_dim {q.shape[-1]} is no multiple of 8")
+    if backend == "gpu":
+        return _kernel(q, q_distance, k, v, r, segments, backend)
+    # XLA cannot split a hand-written kernel: each device runs it on its own sequences and heads.
+    axes = [("batch", None, "heads", None)] * 4 + [(None, "heads", None), ("batch", None)]
+    kernel = functools.partial(_kernel, backend=backend)
+    return on_each_device(kernel, (q, q_distance, k, v, r, segments), axes, axes[0])
+
+
+def _kernel(q, q_distance, k, v, r, segments, backend):
     t, h = q.shape[1], q.shape[-1]
     multiple = 128 if backend == "tpu" else 2
     padding = -t % multiple

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -142,6 +142,34 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, mesh))
+
+
+def on_each_device(
+    function: Callable[..., jax.Array],
+    arguments: Sequence[jax.Array | None],
+    axes: Sequence[tuple[str | None, ...]],
+    result: tuple[str | None, ...],
+) -> jax.Array:
+    """Call a function on every device's own part of the arguments, which are split as named.
+
+    For what XLA cannot split by itself. Without a mesh it is a plain call. An argument may be None.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arguments)
+    given = [i for i, x in enumerate(arguments) if x is not None]
+
+    def call(*parts: jax.Array) -> jax.Array:
+        whole: list[jax.Array | None] = [None] * len(arguments)
+        for i, part in zip(given, parts, strict=True):
+            whole[i] = part
+        return function(*whole)
+
+    specs = tuple(_spec(axes[i], arguments[i].shape, mesh) for i in given)
+    shape = arguments[axes.index(result)].shape  # the result is split like an argument
+    return jax.shard_map(
+        call, in_specs=specs, out_specs=_spec(result, shape, mesh), check_vma=False
+    )(*[arguments[i] for i in given])
 
 
 def parameter_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gato_lib import attention
+from gato_lib import attention, distributed
 from gato_lib.attention import attend, relative_features, relative_shift, sinusoids
 from gato_lib.config import ConfigError
 
@@ -102,6 +102,21 @@ def test_the_tpu_kernel_in_interpret_mode(t, h):
     expected = attend(*arguments, "plain", segments)
     np.testing.assert_allclose(flash, expected, atol=5e-6)
     assert not np.allclose(expected, attend(*arguments, "plain"))
+
+
+def test_the_tpu_kernel_on_each_of_several_devices():
+    """XLA cannot split it: every device is given its own sequences and heads."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    arguments = [jax.random.normal(k, (4, 128, 2, 32)) for k in keys[:4]]
+    arguments.append(jax.random.normal(keys[4], (128, 2, 32)))
+    segments = jnp.asarray(np.arange(128)[None].repeat(4, 0) // 50, jnp.int32)
+    for packed in (None, segments):
+        with jax.set_mesh(distributed.make_mesh(2, 2, 2)), pltpu.force_tpu_interpret_mode():
+            flash = jax.jit(lambda *a, s=packed: attention._flash(*a, "tpu", s))(*arguments)
+        assert len(flash.sharding.device_set) == 8
+        np.testing.assert_allclose(flash, attend(*arguments, "plain", packed), atol=5e-6)
 
 
 @pytest.mark.slow
