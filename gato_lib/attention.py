@@ -146,7 +146,8 @@ def _flash(q, q_distance, k, v, r, backend, segments=None):
     # XLA cannot split a hand-written kernel: each device runs it on its own sequences and heads.
     axes = [("batch", None, "heads", None)] * 4 + [(None, "heads", None), ("batch", None)]
     kernel = functools.partial(_kernel, backend=backend)
-    return on_each_device(kernel, (q, q_distance, k, v, r, segments), axes, axes[0])
+    arguments = (q, q_distance, k, v, r, segments)
+    return on_each_device(kernel, arguments, axes, axes[0], q.shape)
 
 
 def _kernel(q, q_distance, k, v, r, segments, backend):

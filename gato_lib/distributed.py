@@ -149,10 +149,15 @@ def on_each_device(
     arguments: Sequence[jax.Array | None],
     axes: Sequence[tuple[str | None, ...]],
     result: tuple[str | None, ...],
+    shape: tuple[int, ...],
 ) -> jax.Array:
     """Call a function on every device's own part of the arguments, which are split as named.
 
-    For what XLA cannot split by itself. Without a mesh it is a plain call. An argument may be None.
+    For what XLA cannot split by itself, or splits badly. Without a mesh it is a plain call.
+
+    Args:
+      axes: logical axes of each argument; an argument may be None.
+      result, shape: logical axes and global shape of the result.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -166,10 +171,16 @@ def on_each_device(
         return function(*whole)
 
     specs = tuple(_spec(axes[i], arguments[i].shape, mesh) for i in given)
-    shape = arguments[axes.index(result)].shape  # the result is split like an argument
     return jax.shard_map(
         call, in_specs=specs, out_specs=_spec(result, shape, mesh), check_vma=False
     )(*[arguments[i] for i in given])
+
+
+def part_of(size: int) -> jax.Array | int:
+    """Within `on_each_device`: which part of a batch axis of `size` this device has; 0 if whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = () if mesh.empty else _spec(("batch",), (size,), mesh)[0]
+    return jax.lax.axis_index(names) if names else 0
 
 
 def parameter_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:

@@ -7,6 +7,8 @@ column of a patch within its image, and the place of a token within its timestep
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from gato_lib import tokenizers
 from gato_lib.config import ConfigError, ModelConfig
-from gato_lib.distributed import constrain
+from gato_lib.distributed import constrain, on_each_device, part_of
 
 LOCAL_ROWS = 512 + 1  # observation tokens, and one row for all actions (sequence.ACTION_POSITION)
 PATCH_ROWS = 128
@@ -127,6 +129,18 @@ def _whole(table: nnx.Param) -> Float[Array, "V D"]:
     return constrain(table[...], None, None)
 
 
+def _look_up(
+    vectors: Float[Array, "Q D"], patch: Int[Array, "B T"], count: int
+) -> Float[Array, "B T D"]:
+    """Vectors of the tokens' patches; whatever where a token has none.
+
+    A device's sequences use patches of its own part only (`mixture.group_batch`), so nothing is
+    exchanged: the vectors of a whole batch would be gigabytes.
+    """
+    own = patch - part_of(count) * vectors.shape[0]
+    return vectors[jnp.clip(own, 0, vectors.shape[0] - 1)]
+
+
 class Embedding(nnx.Module):
     """Everything that turns a batch into (B, T, D), and the output table."""
 
@@ -159,7 +173,13 @@ class Embedding(nnx.Module):
             image = (patch < patches.shape[0])[..., None]
             vectors = self.patch(patches).astype(x.dtype)
             vectors = constrain(vectors, "batch", None)
-            seen = vectors[jnp.minimum(patch, patches.shape[0] - 1)]
+            seen = on_each_device(
+                functools.partial(_look_up, count=patches.shape[0]),
+                (vectors, patch),
+                (("batch", None), ("batch", None)),
+                ("batch", None, None),
+                x.shape,
+            )
             seen += _whole(self.patch_row)[rows] + _whole(self.patch_col)[cols]
             x = jnp.where(image, seen, x)
         if self.config.local_positions:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from gato_lib.config import ConfigError, DataConfig
@@ -132,7 +133,8 @@ class Group:
 
     Attributes:
       length: T, tokens of a row. batch_size: B, rows of the global batch.
-      num_targets: K, of a row. num_patches: Q, distinct patches of a global batch, as a rule.
+      num_targets: K, of a row.
+      num_patches: Q, distinct patches as a rule, by the number of rows that share them.
       packed: whether a row goes on with further windows where one ends early.
     """
 
@@ -142,7 +144,7 @@ class Group:
     length: int = 0
     batch_size: int = 0
     num_targets: int = 0
-    num_patches: int = 0
+    num_patches: dict[int, int] = dataclasses.field(default_factory=dict)
     packed: bool = False
 
     def max_patches(self, rows: int) -> int:
@@ -200,12 +202,21 @@ def build_group(
     per_step = mask[offsets[1:]] - mask[offsets[:-1]]
     # No row holds more targets than its densest steps repeated until the row is full.
     group.num_targets = int(np.ceil((per_step / steps).max() * group.length))
-    if len(seq.patches):
-        most = max(_distinct_patches(seq, rows) for rows in _samples(group, config, 1, 64))
-        group.num_patches = min(
-            int(np.ceil(most * 1.1 / 32)) * 32, group.max_patches(group.batch_size)
-        )
     return group
+
+
+def patch_slots(group: Group, config: DataConfig, rows: int) -> int:
+    """Distinct patches that so many rows share, as a rule; measured once. 0 without images."""
+    if not len(group.seq.patches):
+        return 0
+    if rows not in group.num_patches:
+        batches = _samples(group, config, 1, -(-64 * rows // group.batch_size))
+        drawn = [row for batch in batches for row in batch]
+        shares = [drawn[i : i + rows] for i in range(0, len(drawn) - rows + 1, rows)]
+        most = max(_distinct_patches(group.seq, share) for share in shares)
+        slots = int(np.ceil(most * 1.1 / 32)) * 32
+        group.num_patches[rows] = min(slots, group.max_patches(rows))
+    return group.num_patches[rows]
 
 
 def _choose_length(group: Group, config: DataConfig, most: int, step: int) -> float:
@@ -318,44 +329,47 @@ def group_batch(
     placement: Placement = ALONE,
     held_out: bool = False,
 ) -> Sample:
-    """This process's rows of the batch that `seed` names; patches in slots for each of its parts.
+    """This process's rows of the batch that `seed` names, part by part.
 
-    Held-out batches take the means of patch intervals, as evaluation does.
+    Each part has slots for the distinct patches of its own rows: no device needs a patch that
+    another one embeds. Held-out batches take the means of patch intervals, as evaluation does.
     """
     mine = placement.rows(placement.process, group.batch_size)
-    many = len(placement.owners) > 1
-    needed = range(group.batch_size) if many and len(group.seq.patches) else mine
+    each = group.batch_size // placement.parts
+    images = len(group.seq.patches) > 0
+    # How many slots it takes is the same on every process, so each draws what the others have.
+    needed = range(group.batch_size) if images else mine
     rngs = {int(r): np.random.default_rng([seed, r]) for r in needed}
     rows = {r: draw_row(group, config, rng, held_out) for r, rng in rngs.items()}
-    slots = 0  # for patches, in each part of the batch
-    if group.num_patches:
-        slots = -(-group.num_patches // placement.parts)
-        for process, parts in enumerate(placement.owners):
-            theirs = [rows[int(r)] for r in placement.rows(process, group.batch_size)]
-            if _distinct_patches(group.seq, theirs) > slots * len(parts):
-                # A rare second shape, the same on every process; nothing is dropped.
-                slots = group.max_patches(group.batch_size // placement.parts)
-                break
-    local = [rows[int(r)] for r in mine]
-    batch = make_batch(
-        group.seq,
-        [[span for w in row for span in w.spans] for row in local],
-        group.length,
-        group.num_targets,
-        slots * len(placement.mine),
-        config.text_loss,
-        None if held_out else [rngs[int(r)] for r in mine],
-        [[n for n, w in enumerate(row) for _ in w.spans] for row in local]
-        if group.packed
-        else None,
-    )
-    # From slots of this process to slots of the global batch.
-    index = np.arange(slots * len(placement.mine) + 1)
-    for i, part in enumerate(placement.mine):
-        index[i * slots : (i + 1) * slots] = np.arange(part * slots, (part + 1) * slots)
-    index[-1] = slots * placement.parts  # no patch
-    batch = batch._replace(patch=index[batch.patch].astype(np.int32))
-    tasks = tuple(dict.fromkeys(w.task for row in local for w in row))
+    slots = patch_slots(group, config, each)
+    shares = range(0, group.batch_size, each) if images else ()
+    if any(
+        _distinct_patches(group.seq, [rows[r + i] for i in range(each)]) > slots for r in shares
+    ):
+        slots = group.max_patches(each)  # a rare second shape; nothing is dropped
+    parts = []
+    for part in placement.mine:
+        own = range(part * each, (part + 1) * each)
+        windows = [rows[r] for r in own]
+        batch = make_batch(
+            group.seq,
+            [[span for w in row for span in w.spans] for row in windows],
+            group.length,
+            group.num_targets,
+            slots,
+            config.text_loss,
+            None if held_out else [rngs[r] for r in own],
+            [[n for n, w in enumerate(row) for _ in w.spans] for row in windows]
+            if group.packed
+            else None,
+        )
+        none = slots * placement.parts
+        patch = np.where(batch.patch < slots, batch.patch + part * slots, none).astype(np.int32)
+        parts.append(batch._replace(patch=patch))
+    batch = parts[0]
+    if len(parts) > 1:
+        batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    tasks = tuple(dict.fromkeys(w.task for r in mine for w in rows[int(r)]))
     return Sample(group.name, batch, tasks)
 
 
@@ -442,7 +456,7 @@ class Mixture:
                 "batch": group.batch_size,
                 "length": group.length,
                 "targets": group.num_targets,
-                "patches": group.num_patches,
+                "patches": patch_slots(group, self.config, group.batch_size),
                 "packed": group.packed,
                 "padding": padding_share(group, self.config),
             }

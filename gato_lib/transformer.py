@@ -85,13 +85,14 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         b, t, d = x.shape
-        x = x.reshape(b * t, d)
+        # Said here too, or with a tensor axis XLA moves tokens to weights: 20 times the bytes.
+        x = constrain(x.reshape(b * t, d), "batch", None)
         h = constrain(self.up(x), "batch", "hidden")  # (B*T, F)
         if hasattr(self, "gate"):
             h = jax.nn.gelu(constrain(self.gate(x), "batch", "hidden")) * h
         else:
             h = jax.nn.gelu(h)
-        return self.down(h).reshape(b, t, d)
+        return constrain(self.down(h), "batch", None).reshape(b, t, d)
 
 
 class Block(nnx.Module):

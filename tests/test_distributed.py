@@ -99,7 +99,10 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "state"), [("16, 16, 1", 1 / 16), ("1, 256, 1", 1 / 256)])
+@pytest.mark.parametrize(
+    ("mesh", "state"),
+    [("16, 16, 1", 1 / 16), ("1, 256, 1", 1 / 256), ("1, 64, 4", 1 / 256)],
+)
 def test_the_papers_step_compiles_for_256_chips(mesh, state):
     """512 x 1,024 tokens, 1.18B parameters, every position a target: it fits 16 GB a chip."""
     done = subprocess.run(

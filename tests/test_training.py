@@ -215,6 +215,9 @@ def test_processes_build_the_rows_of_one_batch(groups, mixture):
                 np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[rows])
             image = whole.patch[rows] < len(whole.patches)
             np.testing.assert_array_equal(part.patch == len(patches), ~image)
+            if image.any():  # a row's patches lie in its own part: none is fetched from another
+                part_of_row = np.repeat(owners[p], 2)[:, None]
+                assert (part.patch // slots == part_of_row)[image].all()
             np.testing.assert_array_equal(
                 patches[part.patch[image]], whole.patches[whole.patch[rows][image]]
             )

@@ -16,7 +16,7 @@ When all have answered, experiments/results/tpu_compile.csv is written. Its rows
 
     domain   the slice, as the compiler names it        task   the network
     run      mesh (data x fsdp x tensor), attention, sequences of 1,024 tokens, "text" if without
-             patches
+             patches; "unrolledN" has N layers and no loop
     n        devices: two a chip on v3, one on the others
     metric   compiled   1, or 0 where the compiler refused for another reason than memory
              fits       1, or 0 where HBM is too small; "used" and "capacity" are then what it named
@@ -24,11 +24,12 @@ When all have answered, experiments/results/tpu_compile.csv is written. Its rows
                         arguments, "code" the program
              flops, bytes accessed   by `cost_analysis`. It counts the body of the loop over layers
                         once, not depth times, and flops of matrix products and others alike
-             KIND inside|outside, count|bytes   collectives a step, inside the loop over layers
-                        (times its turns) and outside, and the bytes a device sends for them
+             KIND inside|outside, count|bytes   collectives a step, inside loops (times their turns;
+                        the loop over layers, and on few devices smaller ones that overlap a product
+                        with its exchange) and outside, and the bytes a device sends for them
 
-Attention "flash" chooses its kernel by the backend that JAX runs on, which is a CPU here; this
-script tells it "tpu".
+The library chooses the kernel of "flash" attention by the backend that JAX runs on, a CPU here;
+this script tells it "tpu".
 """
 
 from __future__ import annotations
@@ -106,10 +107,12 @@ def collectives(program: str, devices: int) -> list[Collective]:
         for line in bodies.get(computation, ()):
             if hit := _COLLECTIVE.search(line):
                 # A TPU program starts, continues and ends an overlapped exchange in several
-                # computations; the channel says that they are one.
+                # computations (the channel says that they are one),
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = channel[1] if channel else f"{computation} {len(found)}"
-                found.setdefault(key, _collective(line, hit, times, inside, devices))
+                # and it writes a reduce-scatter as a fusion of an all-reduce and a slice.
+                scatter = computation.startswith("all-reduce-scatter")
+                found.setdefault(key, _collective(line, hit, times, inside, devices, scatter))
             loop = re.search(r"\bwhile\(.*body=", line)
             turns = _turns(line, bodies) if loop else 1
             called = [c for _, c in _CALLED.findall(line)]
@@ -127,22 +130,27 @@ def _turns(line: str, bodies: dict[str, list[str]]) -> int:
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"\}', line):
         return int(known[1])
     condition = bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]]
-    constants = [m[1] for x in condition if (m := re.search(r" = s32\[\]\S* constant\((\d+)\)", x))]
+    constant = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
+    constants = [hit[1] for x in condition if (hit := constant.search(x))]
     if len(constants) != 1 or not any("direction=LT" in x for x in condition):
         raise ValueError(f"cannot tell how often this loop turns: {line[:200]}")
     return int(constants[0])
 
 
-def _collective(line: str, hit: re.Match, times: int, inside: bool, devices: int) -> Collective:
+def _collective(
+    line: str, hit: re.Match, times: int, inside: bool, devices: int, scatter: bool
+) -> Collective:
     types, kind, start = hit.groups()
     group = _group_size(line, devices)
     arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", types)
-    arrays = [(WIDTHS[t], [int(n) for n in s.split(",") if n]) for t, s in arrays if t in WIDTHS]
-    size = sum(w * _product(s) for w, s in arrays)
+    arrays = [(t, [int(n) for n in s.split(",") if n]) for t, s in arrays if t in WIDTHS]
+    size = sum(WIDTHS[t] * _product(s) for t, s in arrays)
     if start and kind == "all-gather":  # operands and results
         size = round(size * group / (group + 1))
     elif start and kind == "collective-permute":
         size = size // 2
+    elif scatter and kind == "all-reduce":
+        kind, size = "reduce-scatter", size // group
     sent = {
         "all-gather": size * (group - 1) / group,
         "all-reduce": 2 * size * (group - 1) / group,
@@ -152,7 +160,7 @@ def _collective(line: str, hit: re.Match, times: int, inside: bool, devices: int
     }[kind]
     source = re.search(r'op_name="([^"]*)"', line)
     source = "" if source is None else source[1].removeprefix("jit(step_fn)/")
-    types = ", ".join("x".join(map(str, s)) or "1" for _, s in arrays)
+    types = ", ".join(f"{t} {'x'.join(map(str, s))}".strip() for t, s in arrays)
     return Collective(kind, times, inside, group, size, sent, types, source)
 
 
@@ -167,7 +175,7 @@ def _group_size(line: str, devices: int) -> int:
     """How many devices take part: the replica groups have three ways of being written."""
     if "source_target_pairs" in line:
         return devices
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
         return _product([int(part or sizes[axis]) for axis, part in axes])
@@ -191,16 +199,25 @@ class Setup:
     sequences: int
     attention: str = "dot_product"
     images: bool = True  # one distinct patch for every two tokens, or none
+    unrolled: int = 0  # so many layers and no loop, to count; 0 is all of them, in a loop
 
     @property
     def name(self) -> str:
-        images = "" if self.images else " text"
-        return f"{'x'.join(map(str, self.mesh))} {self.attention} {self.sequences}{images}"
+        other = "" if self.images else " text"
+        other += f" unrolled{self.unrolled}" if self.unrolled else ""
+        return f"{'x'.join(map(str, self.mesh))} {self.attention} {self.sequences}{other}"
 
     @property
     def file(self) -> str:
         return re.sub("[^a-zA-Z0-9.]+", "_", f"{self.slice} {self.size} {self.name}") + ".json"
 
+
+# The code that a compiled step is made of.
+COMPILED = ("config.py", "distributed.py", "embedding.py", "attention.py", "transformer.py")
+COMPILED += ("model.py", "training.py")
+
+# Slices of 256 chips and their devices.
+WHOLE = {"v3:16x16": 512, "v4:4x8x8": 256, "v5e:16x16": 256, "v5p:4x8x8": 256}
 
 SETUPS = (
     # The paper's slice: 16 x 16 chips, two devices each.
@@ -209,8 +226,6 @@ SETUPS = (
     Setup("1.18B", "v3:16x16", (16, 32, 1), 512),
     Setup("1.18B", "v3:16x16", (1, 128, 4), 512),
     Setup("1.18B", "v3:16x16", (512, 1, 1), 512),
-    Setup("1.18B", "v3:16x16", (1, 512, 1), 512, "blocked"),
-    Setup("1.18B", "v3:16x16", (1, 512, 1), 512, "flash"),
     Setup("364M", "v3:16x16", (1, 512, 1), 512),
     Setup("79M", "v3:16x16", (1, 512, 1), 512),
     # 256 chips of later generations.
@@ -218,12 +233,16 @@ SETUPS = (
     Setup("1.18B", "v5e:16x16", (1, 256, 1), 512),
     Setup("1.18B", "v5e:16x16", (1, 256, 1), 512, "flash"),
     Setup("1.18B", "v5p:4x8x8", (1, 256, 1), 512),
-    Setup("1.18B", "v6e:16x16", (1, 256, 1), 512),
     # One host of eight chips.
     Setup("79M", "v5e:2x4", (1, 8, 1), 64),
     Setup("364M", "v5e:2x4", (1, 8, 1), 32),
-    Setup("1.18B", "v5e:2x4", (1, 8, 1), 16),
     Setup("1.18B", "v5e:2x4", (1, 8, 1), 64),
+    # Two and three layers without a loop: their difference is what one layer adds to the counts.
+    *(
+        Setup("1.18B", name, (1, devices, 1), 512, unrolled=depth)
+        for name, devices in WHOLE.items()
+        for depth in (2, 3)
+    ),
 )
 
 
@@ -238,17 +257,16 @@ def answer(setup: Setup) -> dict[str, float]:
     from gato_lib.config import TrainConfig, model_config
     from gato_lib.training import abstract_batch, lower_step
 
-    kernel = attention._flash
-    attention._flash = lambda q, qd, k, v, r, backend, segments=None: kernel(
-        q, qd, k, v, r, "tpu", segments
-    )
+    kernel = attention._flash  # called with arrays, the backend, segments
+    attention._flash = lambda *a: kernel(*a[:5], "tpu", *a[6:])
     # On v4 the two halves of a chip are joined only when that is asked for; later they always are.
     joined = {"chip_config_name": "megacore"} if setup.slice.startswith("v4") else {}
     slice_ = topologies.get_topology_desc(setup.slice, "tpu", **joined)
     mesh = distributed.make_mesh(*setup.mesh, devices=slice_.devices)
     model = model_config(
         setup.size,
-        scan_layers=True,
+        **({"depth": setup.unrolled} if setup.unrolled else {}),
+        scan_layers=not setup.unrolled,
         remat=True,
         compute_dtype="bfloat16",
         attention=setup.attention,
@@ -263,7 +281,10 @@ def answer(setup: Setup) -> dict[str, float]:
         text = str(error)
         print(text[:2000], file=sys.stderr)
         units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        named = re.search(r"Used ([\d.]+)([KMGT]?)\w* of ([\d.]+)([KMGT]?)\w* hbm", text)
+        number = r"([\d.]+)([KMGT]?)\w*"
+        named = re.search(rf"Used {number} of {number} hbm", text) or re.search(
+            rf"temporaries \({number}\) exceeds available HBM \({number}\)", text
+        )
         numbers |= {"compiled": 1.0 if named else 0.0, "seconds": time.perf_counter() - begin}
         if named:
             numbers |= {
@@ -285,9 +306,10 @@ def answer(setup: Setup) -> dict[str, float]:
     cost = compiled.cost_analysis()
     numbers |= {"flops": cost["flops"], "bytes accessed": cost["bytes accessed"]}
     found = collectives(compiled.as_text(), mesh.size)
+    # A check: the loops over layers, forward and backward, turn as often as there are layers.
     turns = {c.times for c in found if c.inside}
-    if turns - {model.depth}:
-        raise ValueError(f"loops turn {turns} times, expected the depth, {model.depth}")
+    if turns and not setup.unrolled and model.depth not in turns:
+        raise ValueError(f"loops turn {turns} times, expected {model.depth} among them")
     for kind in KINDS:
         for where in ("inside", "outside"):
             some = [c for c in found if c.kind == kind and c.inside == (where == "inside")]
@@ -306,7 +328,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.child is not None:
         numbers = answer(SETUPS[args.child])
-        numbers["peak GB of this machine"] = (
+        numbers["peak GiB of the compiling process"] = (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         )
         print(json.dumps(numbers))
@@ -315,15 +337,15 @@ def main() -> int:
     if package is None:
         print("the TPU compiler is not installed: EXTRAS=dev,tpu make setup", file=sys.stderr)
         return 2
+    os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu is there to compile; no TPU is looked for
     from gato_lib import results
     from gato_lib.config import source_digest
     from gato_lib.files import write_text
-    from gato_lib.workbook import TRAINING_CODE
 
     versions = f"{results.versions()} libtpu={importlib.metadata.version('libtpu')}"
     key = "-".join(
         [
-            source_digest(*TRAINING_CODE),
+            source_digest(*COMPILED),
             hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:8],
             hashlib.sha256(versions.encode()).hexdigest()[:8],
         ]
