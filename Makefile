@@ -25,7 +25,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export MUJOCO_GL ?= egl
 endif
 
-.PHONY: help setup reproduce test test-slow notebooks results references benchmarks lint lab clean
+.PHONY: help setup reproduce test test-slow notebooks results references benchmarks tpu-compile lint lab clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -58,7 +58,11 @@ references: setup ## measure the expert and random returns that scores are relat
 	@$(PYTHON) experiments/references.py
 
 benchmarks: setup ## measure speeds on this machine and update their committed rows
-	@for file in experiments/benchmarks/*.py; do $(PYTHON) $$file || exit 1; done
+	@for file in $(filter-out %/tpu_compile.py,$(wildcard experiments/benchmarks/*.py)); do \
+	  $(PYTHON) $$file || exit 1; done
+
+tpu-compile: setup ## compile the train step for TPU slices, without one (EXTRAS=dev,tpu)
+	@$(PYTHON) experiments/benchmarks/tpu_compile.py
 
 lint: setup ## ruff: rules and format, notebooks included
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && echo "lint: clean"
