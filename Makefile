@@ -29,7 +29,7 @@ endif
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@echo "make TARGET [PRESET=smoke|laptop|ablation|accelerator|paper] [NOTEBOOK=04_training]"
+	@echo "make TARGET [PRESET=smoke|laptop|ablation|accelerator|paper|...] [NOTEBOOK=04_training]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' Makefile
 
 setup: ## make the Python environment, or bring it up to date

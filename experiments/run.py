@@ -507,11 +507,16 @@ def plan(options: argparse.Namespace) -> tuple[Run, list[str], list[str]]:
     if options.distributed:
         if len(options.notebook) != 1 or options.publish:
             raise UserError("--distributed runs one --notebook, without --publish")
+        code = "".join(cell.source for cell in _code_cells(table[asked[0]].path))
+        if "distributed.start()" not in code:
+            raise UserError(f"--distributed: {asked[0]} is not made for several processes")
         run.worker = _process_id()
         if not run.worker and (stale := run.stale(names[:-1], ())):
             first = next(n for n in names if n in stale)
             raise UserError(f"--distributed: {asked[0]} needs {first}; run that first, without it")
         names = asked
+    else:  # left over in the environment it would make every notebook wait for others
+        os.environ.pop("JAX_NUM_PROCESSES", None)
     return run, asked, names
 
 

@@ -73,7 +73,8 @@ class Checkpointer:
             for partial in steps.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(partial, ignore_errors=True)
             write_text(path, json.dumps(meta, indent=1, sort_keys=True))
-        distributed.wait("checkpointer")
+        # The name holds every setting and the code: hosts that differ in them fail here.
+        distributed.wait(f"checkpointer {self.folder.name}")
         best = policies.BestN(
             get_metric_fn=lambda metrics: -_VALIDATION_LOSS(metrics),  # what ranks last is kept
             n=1,
@@ -110,11 +111,11 @@ class Checkpointer:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), counters=ocp.args.JsonSave(counters)
         )
-        if validation_loss is not None:
-            self._manager.save(step, args=args, metrics={"validation_loss": validation_loss})
-            return
-        with _silenced("absl"):  # Orbax warns that there is nothing to rank this one by
-            self._manager.save(step, args=args)
+        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        # Without metrics Orbax warns that there is nothing to rank this one by.
+        with _silenced("absl") if metrics is None else contextlib.nullcontext():
+            if not self._manager.save(step, args=args, metrics=metrics):
+                raise RuntimeError(f"{self.folder}: checkpoint {step} was not saved")
 
     def restore(self, state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, counters) of a checkpoint, the latest by default.

@@ -63,9 +63,12 @@ def start() -> None:
     """
     count = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
     if count > 1 and not jax.distributed.is_initialized():
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"], count, int(os.environ["JAX_PROCESS_ID"])
-        )
+        number = int(os.environ["JAX_PROCESS_ID"])
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
+        if jax.process_index() != number:  # then the run's writer and run.py's would be two hosts
+            raise ConfigError(
+                f"JAX_PROCESS_ID is {number}, but the devices say process {jax.process_index()}"
+            )
 
 
 def is_writer() -> bool:
@@ -83,7 +86,10 @@ def wait(name: str) -> None:
 
 @contextlib.contextmanager
 def writer_first(name: str) -> Iterator[None]:
-    """Process 0 runs the block, then the others: what it wrote, they find."""
+    """Process 0 runs the block, then the others: what it wrote, they find.
+
+    An error in process 0 is its own to tell; the others wait until they notice that it is gone.
+    """
     if not is_writer():
         wait(name)
     yield
@@ -95,19 +101,22 @@ def writer_first(name: str) -> Iterator[None]:
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one size may be -1: whatever is left.
+    """A (data, fsdp, tensor) mesh; one size may be -1: whatever is left of all devices.
 
-    Raises ConfigError where the sizes do not multiply to the number of devices.
+    Fewer devices than there are is the first of them, but on several hosts every device is needed.
+    Raises ConfigError where the sizes do not fit.
     """
     sizes = [data, fsdp, tensor]
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
+    there = len(devices)
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
+    elif -1 not in sizes and jax.process_count() == 1:
+        devices = devices[:known]
     if min(sizes) < 1 or np.prod(sizes) != len(devices):
         raise ConfigError(
-            f"a mesh of data {data}, fsdp {fsdp}, tensor {tensor} does not fit "
-            f"{len(devices)} devices"
+            f"a mesh of data {data}, fsdp {fsdp}, tensor {tensor} does not fit {there} devices"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

@@ -69,6 +69,8 @@ def collectives(program: str, devices: int) -> list[Collective]:
             loop = re.search(r"\bwhile\(.*body=", line)
             turns = _turns(line, bodies) if loop else 1
             called = [c for _, c in _CALLED.findall(line)]
+            if re.search(r"\bcall\(", line):
+                called += re.findall(r"to_apply=%?([\w.\-]+)", line)
             for group in _BRANCHES.findall(line):
                 called += [c.strip().lstrip("%") for c in group.split(",")]
             for c in called:
@@ -96,7 +98,9 @@ def _collective(
     types, kind, start = hit.groups()
     group = _group_size(line, devices)
     arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", types)
-    arrays = [(t, [int(n) for n in s.split(",") if n]) for t, s in arrays if t in WIDTHS]
+    if unknown := sorted({t for t, _ in arrays} - set(WIDTHS)):
+        raise ValueError(f"bytes of {unknown} are not known, in: {line.strip()[:200]}")
+    arrays = [(t, [int(n) for n in s.split(",") if n]) for t, s in arrays]
     size = sum(WIDTHS[t] * math.prod(s) for t, s in arrays)
     if start and kind == "all-gather":  # operands and results
         size = round(size * group / (group + 1))

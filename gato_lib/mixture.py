@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +53,9 @@ PAPER_WEIGHTS: dict[str, tuple[str, float]] = {
     "vqav2": ("VQAv2", 0.67),
 }
 
-PACK_ABOVE = 0.08  # share of padding from which rows take further windows
+# Share of padding from which rows take further windows: the limit is a tenth, less what a sample of
+# 256 rows may be off.
+PACK_ABOVE = 0.08
 VALIDATION_BATCHES = 4  # of each domain
 
 
@@ -71,15 +74,17 @@ def mixture_weights(text: str, domains: Sequence[str]) -> tuple[tuple[str, float
         weights = {d: PAPER_WEIGHTS[d][1] for d in domains}
     else:
         try:
-            weights = {d: float(w) for d, w in (item.split() for item in text.split(","))}
+            items = [(d, float(w)) for d, w in (item.split() for item in text.split(","))]
         except ValueError:
             raise ConfigError(
                 f"mixture is {text!r}, expected 'equal', 'paper' or a list as in "
                 "'babyai 2, metaworld 1'"
             ) from None
-        if set(weights) != set(domains) or min(weights.values()) <= 0:
+        weights = dict(items)
+        sound = all(math.isfinite(w) and w > 0 for w in weights.values())
+        if sorted(d for d, _ in items) != sorted(domains) or not sound:
             raise ConfigError(
-                f"mixture {text!r}: expected a positive weight for each of {sorted(domains)}"
+                f"mixture {text!r}: expected one positive weight for each of {sorted(domains)}"
             )
     total = sum(weights.values())
     return tuple((d, weights[d] / total) for d in sorted(weights))
@@ -151,11 +156,11 @@ class Group:
         """Distinct patches that so many rows can hold at most."""
         most = int(np.add.reduceat(self.seq.patch >= 0, self.seq.offsets[:-1], dtype=int).max())
         steps = self.length // int(np.diff(self.seq.offsets).min())
-        return rows * most * max(steps, 1)
+        return min(rows * most * max(steps, 1), len(self.seq.patches))
 
 
 class Sample(NamedTuple):
-    """A batch and where it came from: its domain, and the tasks in it."""
+    """A batch, or this process's part of one, its domain, and the tasks in that part."""
 
     domain: str
     batch: Batch
@@ -190,14 +195,16 @@ def build_group(
         held_out = min(int(len(episodes) * config.validation_fraction), len(episodes) - 1)
         tasks[task] = TaskData(np.stack([begins, ends], axis=1), held_out)
         for begin, end in tasks[task].episodes:
-            for first in range(begin, end):
-                last = _window_end(offsets, first, end, config.context_length)
-                longest = max(longest, int(offsets[last] - offsets[first]))
+            first = offsets[begin:end]
+            last = np.searchsorted(offsets, first + config.context_length, side="right") - 1
+            longest = max(longest, int((offsets[np.minimum(last, end)] - first).max()))
         step = int(ends[-1])
     group = Group(name, seq, tasks)
-    if _choose_length(group, config, longest, int(steps.max())) > PACK_ABOVE:
+    group.length, padding = _best_length(group, config, longest)
+    if padding > PACK_ABOVE:
         group.packed = True
-        _choose_length(group, config, config.context_length, int(steps.max()))
+        group.length, _ = _best_length(group, config, config.context_length)
+    group.batch_size = _batch_size(group.length, config)
     mask = np.concatenate([[0], np.cumsum(seq.loss_mask(config.text_loss))])
     per_step = mask[offsets[1:]] - mask[offsets[:-1]]
     # No row holds more targets than its densest steps repeated until the row is full.
@@ -210,33 +217,35 @@ def patch_slots(group: Group, config: DataConfig, rows: int) -> int:
     if not len(group.seq.patches):
         return 0
     if rows not in group.num_patches:
-        batches = _samples(group, config, 1, -(-64 * rows // group.batch_size))
+        batches = _samples(group, config, 1, 64)
         drawn = [row for batch in batches for row in batch]
         shares = [drawn[i : i + rows] for i in range(0, len(drawn) - rows + 1, rows)]
         most = max(_distinct_patches(group.seq, share) for share in shares)
-        slots = int(np.ceil(most * 1.1 / 32)) * 32
+        slots = int(np.ceil(most * 1.1 / 32)) * 32  # with room, so that overflow is rare
         group.num_patches[rows] = min(slots, group.max_patches(rows))
     return group.num_patches[rows]
 
 
-def _choose_length(group: Group, config: DataConfig, most: int, step: int) -> float:
-    """Set T, between `most` and less by a step's tokens, where least is padding; returns the share.
+def _batch_size(length: int, config: DataConfig) -> int:
+    multiple = config.rows_multiple
+    return max(1, config.batch_tokens // length // multiple) * multiple
+
+
+def _best_length(group: Group, config: DataConfig, most: int) -> tuple[int, float]:
+    """(T, share of padding): where least is padding, from `most` tokens down by less than a step.
 
     A row holds whole steps: a length that does not fit them is partly padding in every row.
     """
-
-    def padding(length: int) -> float:
-        group.length = length
-        multiple = config.rows_multiple
-        group.batch_size = max(1, config.batch_tokens // length // multiple) * multiple
-        return padding_share(group, config)
-
-    shares = {length: padding(length) for length in range(most, max(most - step, step - 1), -1)}
-    return padding(min(shares, key=shares.get))
+    step = int(np.diff(group.seq.offsets).max())
+    shares = {}
+    for length in range(most, max(most - step, step - 1), -1):
+        shape = {"length": length, "batch_size": _batch_size(length, config)}
+        shares[length] = padding_share(dataclasses.replace(group, **shape), config)
+    return min(shares.items(), key=lambda item: item[1])
 
 
 def _samples(group: Group, config: DataConfig, stream: int, count: int) -> list[list[Row]]:
-    """The rows of some batches that training does not see, to measure shapes with."""
+    """The rows of some batches, drawn apart from training's own, to measure shapes with."""
     batches = (range(i * group.batch_size, (i + 1) * group.batch_size) for i in range(count))
     return [
         [draw_row(group, config, np.random.default_rng([stream, r])) for r in numbers]
@@ -261,7 +270,7 @@ def draw_row(
 ) -> Row:
     """The windows of one row: tasks alike, timesteps alike within a task.
 
-    `held_out` draws the windows, but not the prompts, from episodes that training never sees.
+    With `held_out`, windows come from the held-out episodes and prompts from training's.
     """
     names = [n for n, t in group.tasks.items() if not held_out or t.held_out]
     row, budget = [], group.length

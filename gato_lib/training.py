@@ -199,10 +199,7 @@ class Metrics:
 
 @functools.cache
 def matmul_peak(dtype: str = "float32", side: int = 0) -> float:
-    """FLOP/s of a product of two square matrices on the local devices, the best of several.
-
-    The simulated devices of a CPU share its cores and count as one.
-    """
+    """FLOP/s of a product of two square matrices on one device, the best of several."""
     device = jax.local_devices()[0]
     cpu = device.platform == "cpu"
     side = side or (1024 if cpu else 8192)
@@ -214,7 +211,7 @@ def matmul_peak(dtype: str = "float32", side: int = 0) -> float:
         begin = time.perf_counter()
         product(x, x).block_until_ready()
         best = min(best, time.perf_counter() - begin)
-    return 2.0 * side**3 / best * (1 if cpu else jax.local_device_count())
+    return 2.0 * side**3 / best
 
 
 def step_flops(model: ModelConfig, batch: Batch) -> float:
@@ -281,21 +278,6 @@ class _Tally:
             float(np.mean([report.gradient_norm for _, _, report in self.pending])),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """What the next report averages over belongs to the state of the run."""
-        pending = [(d, t, [x.tolist() for x in report]) for d, t, report in self.pending]
-        return {"tokens": self.tokens, "size": self.size, "pending": pending}
-
-    @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> _Tally:
-        tally = cls(saved["tokens"])
-        tally.size = saved["size"]
-        tally.pending = [
-            (domain, tuple(tasks), StepReport(*map(np.asarray, report)))
-            for domain, tasks, report in saved["pending"]
-        ]
-        return tally
-
 
 # --- the run --------------------------------------------------------------------------------------
 
@@ -310,16 +292,17 @@ def train(
     report_every: int = 100,
     save_every: int = 1000,
 ) -> Iterator[tuple[Metrics, Any]]:
-    """Train, yielding (metrics, params) every `report_every` steps and at the end.
+    """Train, yielding (metrics, params) every `report_every` steps, at every save and at the end.
 
-    The parameters are given away to the next step: copy what is to outlive it.
+    The parameters are given away to the next step: copy what is to outlive it. A save follows its
+    report: who stops at the last report loses the last checkpoint.
 
     `mesh` spreads parameters and batches over devices and processes (`distributed`); without it
     everything is on one device. Every `save_every` steps, and at the end, the run is validated on
     held-out episodes and, with a checkpointer, saved. It goes on from the latest checkpoint, on
     whatever mesh; on one device the result does not depend on where a run was cut. Raises
-    FloatingPointError where the loss is not finite, naming step and batch; the last good
-    checkpoint stays.
+    FloatingPointError at the next report where a loss or gradient norm was not finite, naming the
+    step and, on several hosts, this host's part of its batch; the last good checkpoint stays.
     """
     mesh = None if mesh is None or mesh.size == 1 else mesh
     placement = ALONE if mesh is None else Placement.of(mesh)
@@ -328,7 +311,7 @@ def train(
     start, tally = 0, _Tally()
     if checkpointer is not None and checkpointer.latest() is not None:
         start, state, counters = checkpointer.restore(state)
-        tally = _Tally.from_json(counters["tally"])
+        tally = _Tally(counters["tokens"])
         batches.restore(counters["data"])
     if start == config.steps:
         return
@@ -336,7 +319,10 @@ def train(
     step_fn = make_step(graph, config, jax.random.key(config.seed + 1), mesh)
     evaluate = make_validation(graph, config, mesh)
     held_out = mixture.validation(placement)
-    peak = matmul_peak(model.compute_dtype) * jax.process_count()
+    # The simulated devices of a CPU share its cores and count as one.
+    devices = 1 if mesh is None else mesh.size
+    devices = jax.process_count() if jax.default_backend() == "cpu" else devices
+    peak = matmul_peak(model.compute_dtype) * devices
 
     def on_mesh(function, *arguments):
         """Call with the last argument, a batch, put where it belongs."""
@@ -350,7 +336,11 @@ def train(
         for sample in held_out:
             both = np.asarray(on_mesh(evaluate, state["params"], sample.batch), np.float64)
             sums[sample.domain] = sums.get(sample.domain, 0.0) + both
-        return {domain: float(loss / max(count, 1.0)) for domain, (loss, count) in sums.items()}
+        losses = {domain: float(loss / max(n, 1.0)) for domain, (loss, n) in sums.items()}
+        for domain, loss in losses.items():
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"validation loss of {domain} is {loss} at step {done}")
+        return losses
 
     scale = placement.parts / len(placement.mine)  # of the global batch to this process's part
     begin = since = time.perf_counter()
@@ -363,33 +353,32 @@ def train(
         tally.add(sample, round(size * scale), flops * scale, report)
         done = step + 1
         save = done % save_every == 0 or done == config.steps
-        reported = done % report_every == 0 or done == config.steps
-        if save or reported:
-            tally.read(done)
+        if not save and done % report_every:
+            continue
+        tally.read(done)
         now = time.perf_counter()
         validated = validation_loss() if save else {}
-        if reported:
-            by_domain, by_modality, norm = tally.losses()
-            tokens = tally.tokens + tally.seen
-            metrics = Metrics(
-                step=done,
-                loss=by_domain,
-                modality_loss=by_modality,
-                validation_loss=validated,
-                gradient_norm=norm,
-                tokens=tokens,
-                tokens_per_second=tally.seen / (now - since),
-                flops_share=tally.flops / (now - since) / peak,
-                seconds_left=(config.steps - done) * (now - begin) / (done - start),
-                data_wait=tally.waited / (now - since),
-                padding=1.0 - tally.seen / tally.size,
-            )
-            tally = _Tally(tokens)
-            yield metrics, state["params"]
-            since = time.perf_counter()
+        by_domain, by_modality, norm = tally.losses()
+        tokens = tally.tokens + tally.seen
+        metrics = Metrics(
+            step=done,
+            loss=by_domain,
+            modality_loss=by_modality,
+            validation_loss=validated,
+            gradient_norm=norm,
+            tokens=tokens,
+            tokens_per_second=tally.seen / (now - since),
+            flops_share=tally.flops / (now - since) / peak,
+            seconds_left=(config.steps - done) * (now - begin) / (done - start),
+            data_wait=tally.waited / (now - since),
+            padding=1.0 - tally.seen / tally.size,
+        )
+        tally = _Tally(tokens)
+        yield metrics, state["params"]
         if save and checkpointer is not None:
-            counters = {"tally": tally.to_json(), "data": batches.state}
+            counters = {"tokens": tokens, "data": batches.state}
             checkpointer.save(done, state, counters, _mean_over(mixture, validated))
+        since = time.perf_counter()  # neither the caller's time nor saving counts as training's
 
 
 def _mean_over(mixture: Mixture, losses: dict[str, float]) -> float | None:

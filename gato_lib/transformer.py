@@ -33,6 +33,13 @@ def _linear(
     )
 
 
+def _places(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Places within segments: 0, 1, ... anew from every token whose segment is another's."""
+    place = jnp.arange(segments.shape[1])[None]
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return place - jax.lax.cummax(jnp.where(first, place, 0), axis=1)
+
+
 class Attention(nnx.Module):
     """Multi-head causal attention; order enters as the distance between query and key.
 
@@ -169,7 +176,8 @@ class Transformer(nnx.Module):
         if c.sequence_positions == "sinusoidal":
             # As large as the learned rows: a sinusoid's root mean square is sqrt(1/2).
             waves = sinusoids(np.arange(x.shape[1]), c.width) * (INIT * np.sqrt(2.0))
-            x = x + jnp.asarray(waves, x.dtype)[None]
+            waves = jnp.asarray(waves, x.dtype)
+            x = x + (waves[None] if segments is None else waves[_places(segments)])
         keys = None if key is None else jax.random.split(key, c.depth)
         if c.scan_layers:
             graph, stacked = nnx.split(self.blocks)

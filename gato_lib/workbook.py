@@ -277,8 +277,12 @@ def _metric_rows(metrics: Metrics) -> list[dict[str, Any]]:
     shared |= {f"{m}_loss": by_modality.get(m, math.nan) for m in MODALITIES}
     return [
         shared
-        | {"domain": domain, "loss": loss, "validation_loss": validation.get(domain, math.nan)}
-        for domain, loss in losses.items()
+        | {
+            "domain": domain,
+            "loss": losses.get(domain, math.nan),
+            "validation_loss": validation.get(domain, math.nan),
+        }
+        for domain in sorted(losses.keys() | validation.keys())
     ]
 
 
@@ -326,7 +330,7 @@ def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices:
     _, state, _ = checkpointer.restore(shapes, step)
     checkpointer.close()
     text = TextTokenizer(folder / "text.model") if (folder / "text.model").is_file() else None
-    return Agent(model, state["params"], text, data.context_length, meta["lengths"], **choices)
+    return Agent(model, state["params"], text, data.context_length, meta.get("lengths"), **choices)
 
 
 def find_agent(run: Run, name: str) -> pathlib.Path | None:

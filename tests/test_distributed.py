@@ -31,15 +31,16 @@ def start(runs: pathlib.Path, mesh: str, devices: int, *extra: str, **env: str) 
             *extra,
         ],
         env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        stdout=subprocess.DEVNULL,
     )
 
 
 def finish(*processes: subprocess.Popen) -> None:
-    outputs = [p.communicate(timeout=400)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0] * len(processes), "\n".join(outputs)
+    try:
+        assert [p.wait(timeout=400) for p in processes] == [0] * len(processes)
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def outcome(runs: pathlib.Path) -> tuple[pd.DataFrame, dict]:

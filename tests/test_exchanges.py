@@ -39,10 +39,12 @@ def test_a_typed_program():
     assert (scatter.kind, scatter.group, scatter.sent) == ("reduce-scatter", 4, 32 * 3)
 
 
-def test_a_loop_that_cannot_be_read_is_refused():
+def test_what_cannot_be_read_is_refused():
     endless = PROGRAM.replace("direction=LT", "direction=NE")
     with pytest.raises(ValueError, match="cannot tell how often this loop turns"):
         collectives(endless, 8)
+    with pytest.raises(ValueError, match=r"bytes of \['f8'\] are not known"):
+        collectives(PROGRAM.replace("bf16[8,4]", "f8[8,4]"), 8)
 
 
 def test_a_real_program():

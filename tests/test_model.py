@@ -135,10 +135,18 @@ def test_padding_changes_nothing(gato, batch):
     np.testing.assert_allclose(masked_loss(gato, padded), masked_loss(gato, batch), atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["plain", "blocked", "dot_product"])
-def test_windows_packed_into_a_row_do_not_see_each_other(batch, how):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "plain"},
+        {"attention": "blocked"},
+        {"attention": "dot_product"},
+        {"sequence_positions": "sinusoidal"},
+    ],
+)
+def test_windows_packed_into_a_row_do_not_see_each_other(batch, changes):
     """Hidden states of a packed row are those of its windows alone, whatever stands beside them."""
-    config = dataclasses.replace(TINY, attention=how)
+    config = dataclasses.replace(TINY, **changes)
     gato = Gato(config, rngs=nnx.Rngs(0))
     halves = [one_row(batch, i) for i in (0, 5)]
     joined = {

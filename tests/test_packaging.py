@@ -387,16 +387,23 @@ def test_one_of_several_processes(workbook, capsys, monkeypatch):
         monkeypatch.setenv(f"JAX_{name}", value)
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
     second = ("--distributed", "--notebook", "second")
+    assert workbook.main(*second) == 2
+    assert "second is not made for several processes" in capsys.readouterr().err
+    path = workbook.root / "notebooks/second.ipynb"
+    write_notebook(path, SECOND, "# distributed.start()\n" + READ)
     assert workbook.main(*second) == 2 and "the first below the second" in capsys.readouterr().err
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     assert workbook.main(*second) == 2 and "second needs first" in capsys.readouterr().err
     assert workbook.main("--notebook", "first") == 0
+    assert "JAX_NUM_PROCESSES" not in os.environ, "left over, it would join others"
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     assert workbook.main(*second) == 0
     recorded = sorted(p.name for p in (workbook.folder / "state").glob("*.json"))
     assert recorded == ["first.json", "second.json"]
     before = (workbook.folder / "state/second.json").read_text()
-    monkeypatch.setenv("JAX_PROCESS_ID", "1")
     with workbook.plan()[0].locked():  # process 0 is at work
+        monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+        monkeypatch.setenv("JAX_PROCESS_ID", "1")
         assert workbook.main(*second) == 0
     assert (workbook.folder / "state/second.json").read_text() == before
     assert (workbook.folder / "notebooks/second.worker1.ipynb").is_file()

@@ -130,7 +130,7 @@ def test_the_papers_weights():
     ) == pytest.approx(1)
     assert dict(mixture_weights("equal", ["x", "y"])) == {"x": 0.5, "y": 0.5}
     assert dict(mixture_weights("x 1, y 3", ["x", "y"])) == {"x": 0.25, "y": 0.75}
-    for text in ("x 1", "x one, y 2", "x 0, y 1", "papre"):
+    for text in ("x 1", "x one, y 2", "x 0, y 1", "papre", "x 1, x 5, y 1", "x 1, y nan"):
         with pytest.raises(ConfigError, match="expected"):
             mixture_weights(text, ["x", "y"])
     with pytest.raises(ConfigError, match=r"no weight for \['chess'\]"):
@@ -242,12 +242,13 @@ def last(iterator):
 
 
 def test_resuming_equals_running_straight(tmp_path, mixture):
-    kwargs = {"report_every": 3, "save_every": 2}
+    kwargs = {"report_every": 3, "save_every": 2}  # reports at 2, 3, 4, 6 and 8
     reports = [(m, p) for m, p in train(NETWORK, FIT, mixture, None, **kwargs)]
     straight = reports[-1][1]
     cut = Checkpointer(tmp_path, {"a": 1})
     steps = train(NETWORK, FIT, mixture, cut, **kwargs)
-    next(steps)  # three steps done, the checkpoint of step 2 on disk
+    next(steps)
+    assert next(steps)[0].step == 3  # three steps done, the checkpoint of step 2 on disk
     steps.close()
     cut.close()
     again = Checkpointer(tmp_path, {"a": 1})
@@ -255,7 +256,9 @@ def test_resuming_equals_running_straight(tmp_path, mixture):
     repeated = [(m, p) for m, p in train(NETWORK, FIT, mixture, again, **kwargs)]
     again.close()
     resumed = repeated[-1][1]
-    for (a, _), (b, _) in zip(reports, repeated, strict=True):  # reports at 3, 6 and 8 as well
+    assert [m.step for m, _ in reports] == [2, 3, 4, 6, 8]
+    assert [bool(m.validation_loss) for m, _ in reports] == [True, False, True, True, True]
+    for (a, _), (b, _) in zip(reports[1:], repeated, strict=True):
         for field in ("step", "loss", "modality_loss", "validation_loss", "tokens", "padding"):
             assert getattr(a, field) == getattr(b, field), field
     assert_equal(straight, resumed)
@@ -335,7 +338,8 @@ def test_a_run_goes_on_with_another_mesh(tmp_path, text, demonstrations):
 
 def test_meshes_that_do_not_fit():
     assert dict(distributed.parse_mesh("2, -1, 1").shape) == {"data": 2, "fsdp": 4, "tensor": 1}
-    for text in ("3, 1, 1", "-1, -1, 1", "0, 8, 1", "3, -1, 1"):
+    assert distributed.parse_mesh("1, 2, 1").size == 2, "the first two"
+    for text in ("9, 1, 1", "-1, -1, 1", "0, 8, 1", "3, -1, 1"):
         with pytest.raises(ConfigError, match="does not fit 8 devices"):
             distributed.parse_mesh(text)
     with pytest.raises(ConfigError, match="expected three whole numbers"):
