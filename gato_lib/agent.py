@@ -83,20 +83,22 @@ class Agent:
         )
 
     def prompt(
-        self, tokenizer: Tokenizer, demonstration: Episode, where: str
+        self, tokenizer: Tokenizer, demonstration: Episode, where: str, observation: Any
     ) -> tuple[list[Any], list[np.ndarray]]:
         """The first ("start") or last ("end") whole steps of a demonstration.
 
-        As many as fit half of the context, as in training; possibly none.
+        As many as fit half of the context, as in training, and leave room for a step as long as
+        that of `observation`, the episode's first; possibly none.
         """
         if where not in ("start", "end"):
             raise ValueError(f"prompt is {where!r}, expected 'start' or 'end'")
         seq = tokenizer.episode(demonstration)
-        half = self.context_length // 2
+        step = int(tokenizer.steps([observation], _blank(tokenizer)[None]).offsets[-1])
+        room = min(self.context_length // 2, max(self.context_length - step, 0))
         if where == "start":
-            chosen = range(int(np.searchsorted(seq.offsets, half, side="right")) - 1)
+            chosen = range(int(np.searchsorted(seq.offsets, room, side="right")) - 1)
         else:
-            first = int(np.searchsorted(seq.offsets, seq.offsets[-1] - half))
+            first = int(np.searchsorted(seq.offsets, seq.offsets[-1] - room))
             chosen = range(first, seq.steps)
         ids = tokenizer.action_spec.encode(demonstration.actions)
         observations = [select(demonstration.observations, i) for i in chosen]
@@ -111,7 +113,7 @@ class Agent:
         """
         spec = tokenizer.action_spec
         low, high = spec.legal_ids.astype(np.int32).T
-        blank = low.copy()
+        blank = _blank(tokenizer)
         for h in histories:
             check_observation(h.observations[-1], tokenizer.observation_space, "act")
         newest = tokenizer.steps(
@@ -158,6 +160,11 @@ class Agent:
         for h, row in zip(histories, chosen, strict=True):
             h.action_ids.append(row)
         return [spec.decode(row) for row in chosen]
+
+
+def _blank(tokenizer: Tokenizer) -> np.ndarray:
+    """Legal ids (A,) that stand for an action that is not chosen yet."""
+    return tokenizer.action_spec.legal_ids[:, 0].astype(np.int32)
 
 
 def _bucket(n: int) -> int:

@@ -93,12 +93,7 @@ class Checkpointer:
 
     def best(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss; None where none has one."""
-        losses = {}
-        for step in self._manager.all_steps():
-            metrics = self._manager.metrics(step)
-            if metrics is not None:
-                losses[step] = _VALIDATION_LOSS(metrics)
-        return min(losses, key=losses.get) if losses else None
+        return self._manager.best_step()
 
     def save(
         self,
@@ -120,14 +115,18 @@ class Checkpointer:
     def restore(self, state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """(step, state, counters) of a checkpoint, the latest by default.
 
-        Shaped, typed and placed on devices like `state`, arrays or `jax.ShapeDtypeStruct`. Raises
+        Shaped, typed and placed on devices like `state`, arrays or `jax.ShapeDtypeStruct`; what has
+        no place there comes to this process's first device, wherever it was trained. Raises
         FileNotFoundError where there is none.
         """
         step = self.latest() if step is None else step
         if step is None or step not in self._manager.all_steps():
             raise FileNotFoundError(f"{self.folder}: no checkpoint{f' {step}' if step else ''}")
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here
+            ),
             state,
         )
         restored = self._manager.restore(

@@ -62,7 +62,7 @@ class _Lane:
         self.index = self.queue.pop(0)
         reset_seed = episode_seed(self.task, seed, self.index)
         observation, _ = self.env.reset(seed=reset_seed)
-        self.history = History(reset_seed, make_prompt(self.task, reset_seed))
+        self.history = History(reset_seed, make_prompt(self.task, reset_seed, observation))
         self.history.observations.append(observation)
         self.rewards, self.success = [], False
         return True
@@ -100,12 +100,13 @@ def rollouts(
         raise ValueError(f"prompt {prompt!r} needs demonstrations")
     known: dict[str, Sequence[Episode]] = {}
 
-    def make_prompt(task: str, reset_seed: int):
+    def make_prompt(task: str, reset_seed: int, observation: Any):
         if prompt == "none":
             return None
         if task not in known:
             known[task] = demonstrations(task)
-        return player.prompt(tokenizer, known[task][reset_seed % len(known[task])], prompt)
+        chosen = known[task][reset_seed % len(known[task])]
+        return player.prompt(tokenizer, chosen, prompt, observation)
 
     for task in tasks:
         domains.domain_of(task)  # an unknown task is named before anything is played

@@ -324,8 +324,6 @@ def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices:
     train_config = TrainConfig.from_dict(meta["train"])
     checkpointer = Checkpointer(folder, meta, read_only=True)
     shapes = jax.eval_shape(lambda: initial_state(model, train_config))
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # wherever it was trained
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
     step = checkpointer.best() if checkpoint == "best" else None
     _, state, _ = checkpointer.restore(shapes, step)
     checkpointer.close()

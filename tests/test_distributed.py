@@ -118,5 +118,5 @@ def test_the_papers_step_compiles_for_256_chips(mesh, state):
     measured = json.loads(done.stdout.splitlines()[-1])
     assert measured["seconds"] < 180 and measured["process"] < 8
     assert measured["temporaries"] < 4
-    # Parameters and moments are split; biases, norms and two sequences come on top.
-    assert 0 < measured["arguments"] - 12 * 1.178e9 * state / 2**30 < 0.02
+    # Parameters and moments are split; biases, norms and at most eight sequences come on top.
+    assert 0 < measured["arguments"] - 12 * 1.178e9 * state / 2**30 < 0.03

@@ -115,9 +115,7 @@ def state_of(folder: pathlib.Path):
     meta = read_meta(agent)
     model, fit = ModelConfig.from_dict(meta["model"]), TrainConfig.from_dict(meta["train"])
     checkpointer = Checkpointer(agent, meta, read_only=True)
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: initial_state(model, fit))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
     return *checkpointer.restore(shapes), pd.read_csv(agent / "metrics.csv")
 
 

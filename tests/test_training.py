@@ -621,8 +621,9 @@ def test_prompts_stay_at_the_front(agent, demonstrations):
     env = domains.make_env(task)
     tokenizer = agent.tokenizer(env)
     demonstration = demonstrations[task][0]
-    end = agent.prompt(tokenizer, demonstration, "end")
-    start = agent.prompt(tokenizer, demonstration, "start")
+    first = env.reset(seed=0)[0]
+    end = agent.prompt(tokenizer, demonstration, "end", first)
+    start = agent.prompt(tokenizer, demonstration, "start", first)
     assert len(end[0]) >= 1 and len(end[0]) == len(end[1])
     np.testing.assert_array_equal(
         end[0][-1]["image"], demonstration.observations["image"][demonstration.steps - 1]
@@ -635,7 +636,28 @@ def test_prompts_stay_at_the_front(agent, demonstrations):
             agent.act(tokenizer, [h])
     assert len(prompted.action_ids) == 6
     with pytest.raises(ValueError, match="prompt is 'middle'"):
-        agent.prompt(tokenizer, demonstration, "middle")
+        agent.prompt(tokenizer, demonstration, "middle", first)
+
+
+@pytest.mark.parametrize("where", ["start", "end"])
+def test_prompts_leave_room_for_a_longer_instruction(agent, demonstrations, where):
+    task = "babyai/GoToObj"
+    env = domains.make_env(task)
+    tokenizer = agent.tokenizer(env)
+    demonstration = demonstrations[task][0]
+    each = len(tokenizer.episode(demonstration)) // demonstration.steps
+    observation = env.reset(seed=0)[0]
+    observation["mission"] += " and then go to the box"
+    longer = int(tokenizer.steps([observation], np.zeros((1, 1), np.int32)).offsets[-1])
+    assert each < longer < 2 * each
+    for context, prompted in ((2 * each, 0), (longer + each - 1, 0), (longer + each, 1)):
+        tight = Agent(NETWORK, agent.params, agent.text, context)
+        prompt = tight.prompt(tokenizer, demonstration, where, observation)
+        assert len(prompt[0]) == prompted
+        history = History(0, prompt)
+        history.observations.append(observation)
+        tight.act(tokenizer, [history])
+        assert len(history.action_ids) == 1
 
 
 def test_bad_observations_are_refused_while_acting(agent):
@@ -656,9 +678,9 @@ def test_a_timestep_that_does_not_fit_beside_the_prompt_is_refused(agent, demons
     env = domains.make_env(task)
     tokenizer = agent.tokenizer(env)
     short = Agent(NETWORK, agent.params, agent.text, 40)
-    prompt = agent.prompt(tokenizer, demonstrations[task][0], "end")
-    history = History(0, prompt)
-    history.observations.append(env.reset(seed=0)[0])
+    observation = env.reset(seed=0)[0]
+    history = History(0, agent.prompt(tokenizer, demonstrations[task][0], "end", observation))
+    history.observations.append(observation)
     with pytest.raises(ValueError, match="the newest timestep has"):
         short.act(tokenizer, [history])
 
