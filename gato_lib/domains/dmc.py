@@ -1,0 +1,361 @@
+"""DM Control Suite from state, from pixels, and with randomised physics (paper 3.1, App. F.4).
+
+The environments are dm_control's own, unmodified; the agent sees the suite's observation, or only a
+64 x 64 image. Every episode is 1,000 steps of a reward between 0 and 1. In `dmc_random_small` and
+`dmc_random_large` each episode draws its own physics: actuator gear; range, stiffness and damping
+of joints; size and density of geoms are each multiplied by a factor near 1, as in the paper.
+
+The paper's experts are trained agents (D4PG). Ours plan in the simulator (`planning.py`), for
+rewards that add to the task's own what guides a short look-ahead to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from gato_lib.domains.base import Domain, TaskSpec, gaussian
+from gato_lib.domains.planning import Planning, PlanningExpert, Trajectories
+
+STEPS = 1000
+IMAGE = 64
+
+# Factors on the physics: from one of two intervals, below and above 1.
+SPREADS = {
+    "dmc_random_small": ((0.9, 0.95), (1.05, 1.1)),
+    "dmc_random_large": ((0.6, 0.8), (1.2, 1.4)),
+}
+Spread = tuple[tuple[float, float], tuple[float, float]]
+
+
+# --- Rewards to plan for: the task's own, with something to go by where that is flat. ---
+
+
+def _norm(x: np.ndarray) -> np.ndarray:
+    return np.sqrt((x**2).sum(-1))
+
+
+def _tolerance(x: np.ndarray, low: float, high: float, margin: float, at_margin: float = 0.1):
+    """dm_control's `rewards.tolerance`: 1 within the bounds, a Gaussian flank of `margin`."""
+    outside = np.maximum(np.maximum(low - x, x - high), 0) / margin
+    return at_margin ** (outside**2)
+
+
+def _linear(x: np.ndarray, goal: float, margin: float, at_margin: float) -> np.ndarray:
+    """The same for x >= goal with a linear flank."""
+    outside = np.maximum(goal - x, 0) / margin
+    return np.clip(1 - (1 - at_margin) * outside, 0, None)
+
+
+def _small_control(t: Trajectories) -> np.ndarray:
+    return (5 - (t.control**2).mean(-1)) / 5
+
+
+def _reacher(t: Trajectories) -> np.ndarray:
+    m = t.model
+    upper = t.qpos[..., 0]
+    lower = upper + t.qpos[..., 1]
+    reach = m.body("hand").pos[0], m.body("finger").pos[0]
+    x = reach[0] * np.cos(upper) + reach[1] * np.cos(lower)
+    y = reach[0] * np.sin(upper) + reach[1] * np.sin(lower)
+    distance = _norm(np.stack([x, y], -1) - m.geom("target").pos[:2])
+    radii = m.geom("target").size[0] + m.geom("finger").size[0]
+    return (distance <= radii) - 5 * distance - 0.01 * (t.qvel**2).sum(-1)
+
+
+def _point_mass(t: Trajectories) -> np.ndarray:
+    target = t.model.geom("target")
+    distance = _norm(t.qpos - target.pos[:2])
+    size = target.size[0]
+    return _tolerance(distance, 0, size, size) * _small_control(t) - 2 * distance
+
+
+def _pendulum(t: Trajectories) -> np.ndarray:
+    height = np.cos(t.qpos[..., 0])
+    return (height >= np.cos(np.deg2rad(8))) + height - 0.005 * t.qvel[..., 0] ** 2
+
+
+def _cartpole(t: Trajectories, centering: float) -> np.ndarray:
+    (x, angle), (speed, spin) = np.moveaxis(t.qpos, -1, 0), np.moveaxis(t.qvel, -1, 0)
+    upright = (1 + np.cos(angle)) / 2
+    centered = (1 + _tolerance(x, 0, 0, 2)) / 2
+    slow = (1 + _tolerance(spin, 0, 0, 5)) / 2
+    reward = upright * centered * slow * _small_control(t)
+    return reward - centering * (x**2 + 0.1 * speed**2)
+
+
+def _ball_in_cup(t: Trajectories) -> np.ndarray:
+    m = t.model
+    cup = m.body("cup").pos[[0, 2]] + m.site("target").pos[[0, 2]] + t.qpos[..., :2]
+    ball = m.body("ball").pos[[0, 2]] + t.qpos[..., 2:]
+    offset = ball - cup
+    slack = m.site("target").size[[0, 2]] - m.geom("ball").size[0]
+    caught = (np.abs(offset) < slack).all(-1)
+    above = offset[..., 1] > 0
+    return 2 * caught - _norm(offset) + 0.3 * above
+
+
+def _finger_turn(t: Trajectories) -> np.ndarray:
+    tip, target = t.sensor("tip"), t.sensor("target")
+    distance = _norm((target - tip)[..., [0, 2]])
+    there = distance <= t.model.site("target").size[0]
+    return there - 5 * distance - 0.01 * np.abs(t.qvel[..., 2])
+
+
+def _walker(t: Trajectories, speed: float, rising: float = 0.0) -> np.ndarray:
+    height = t.qpos[..., 0] + t.model.body("torso").pos[2]
+    upright = (1 + np.cos(t.qpos[..., 2])) / 2
+    reward = (3 * _tolerance(height, 1.2, np.inf, 0.6) + upright) / 4
+    if speed:
+        velocity = t.sensor("torso_subtreelinvel")[..., 0]
+        reward *= (5 * _linear(velocity, speed, speed / 2, 0.5) + 1) / 6
+    return reward + rising * np.minimum(height, 1.2)
+
+
+def _cheetah(t: Trajectories) -> np.ndarray:
+    return t.sensor("torso_subtreelinvel")[..., 0] / 10 - 0.1 * (1 - np.cos(t.qpos[..., 2]))
+
+
+def _fish_upright(t: Trajectories) -> np.ndarray:
+    _, x, y, _ = np.moveaxis(t.qpos[..., 3:7], -1, 0)
+    return _tolerance(1 - 2 * (x**2 + y**2), 1, 1, 1)
+
+
+# --- Tasks ---
+
+_BALANCE = Planning(
+    functools.partial(_cartpole, centering=2.0),
+    horizon=100,
+    samples=20,
+    noise=(0.01, 0.5),
+    spacing=10,
+    fresh=0.1,
+)
+_EXPERTS: dict[str, Planning] = {
+    "reacher-easy": Planning(_reacher, horizon=25, samples=24),
+    "reacher-hard": Planning(_reacher, horizon=25, samples=24),
+    "point_mass-easy": Planning(_point_mass, horizon=40, samples=24),
+    "point_mass-hard": Planning(_point_mass, horizon=40, samples=24),
+    "pendulum-swingup": Planning(_pendulum, horizon=60, samples=24),
+    "cartpole-balance": _BALANCE,
+    "cartpole-balance_sparse": _BALANCE,
+    "cartpole-swingup": Planning(
+        functools.partial(_cartpole, centering=0.1), horizon=100, samples=24
+    ),
+    "ball_in_cup-catch": Planning(_ball_in_cup, horizon=40, samples=24, timestep=0.005),
+    "finger-turn_easy": Planning(_finger_turn, horizon=40, samples=48),
+    "finger-turn_hard": Planning(_finger_turn, horizon=40, samples=48),
+    "walker-stand": Planning(
+        functools.partial(_walker, speed=0, rising=0.5),
+        horizon=30,
+        samples=24,
+        timestep=0.00625,
+        spacing=10,
+        fresh=0.5,
+    ),
+    "walker-walk": Planning(
+        functools.partial(_walker, speed=1, rising=0.3),
+        horizon=32,
+        samples=24,
+        timestep=0.00625,
+    ),
+    "cheetah-run": Planning(_cheetah, horizon=40, samples=64, hold=2, fresh=0.15, repeats=0.3),
+    "fish-upright": Planning(
+        _fish_upright, horizon=40, samples=20, timestep=0.01, spacing=10, fresh=0.5
+    ),
+}
+
+_PIXELS = (
+    "reacher-easy",
+    "point_mass-easy",
+    "pendulum-swingup",
+    "cartpole-balance",
+    "cartpole-balance_sparse",
+    "cartpole-swingup",
+    "ball_in_cup-catch",
+    "finger-turn_easy",
+    "walker-stand",
+)
+_RANDOM = {
+    "dmc_random_small": (
+        "reacher-easy",
+        "point_mass-easy",
+        "point_mass-hard",
+        "cartpole-balance",
+        "cartpole-balance_sparse",
+        "cartpole-swingup",
+        "ball_in_cup-catch",
+        "finger-turn_easy",
+        "walker-stand",
+        "fish-upright",
+    ),
+    # Only where no draw makes the task impossible, as a short joint range does for a target near
+    # the arm's base, and weak motors for a pendulum or for a walker that has to get up.
+    "dmc_random_large": (
+        "reacher-easy",
+        "point_mass-easy",
+        "point_mass-hard",
+        "cartpole-balance",
+        "cartpole-balance_sparse",
+        "cartpole-swingup",
+        "fish-upright",
+    ),
+}
+
+
+# --- Environments ---
+
+
+def randomize(spec: Any, spread: Spread, rng: np.random.Generator) -> dict[str, float]:
+    """Multiply a MuJoCo model description's physics by random factors, in place.
+
+    Each gear, each joint's range, stiffness and damping, and each geom's size and density has a
+    factor of its own; a geom with a given mass has that scaled instead of the density, and the
+    ground and other planes stay. Bodies' masses and inertias follow when the model is compiled.
+    Returns the factors by what they were applied to.
+    """
+    factors: dict[str, float] = {}
+
+    def scaled(what: str, value: Any) -> Any:
+        factors[what] = float(rng.uniform(*spread[rng.integers(2)]))
+        return factors[what] * value
+
+    for actuator in spec.actuators:
+        actuator.gear = scaled(f"{actuator.name} gear", actuator.gear)
+    for joint in spec.joints:
+        for kind in ("range", "stiffness", "damping"):
+            setattr(joint, kind, scaled(f"{joint.name} {kind}", getattr(joint, kind)))
+    for geom in spec.geoms:
+        if geom.type == geom.type.mjGEOM_PLANE:
+            continue
+        geom.size = scaled(f"{geom.name} size", geom.size)
+        kind = "density" if np.isnan(geom.mass) else "mass"
+        setattr(geom, kind, scaled(f"{geom.name} {kind}", getattr(geom, kind)))
+    return factors
+
+
+class Suite(gym.Env):
+    """A task of the suite, with gymnasium's interface.
+
+    Attributes:
+      model, data, frame_skip: the simulation, as gymnasium's MujocoEnv names it.
+    """
+
+    def __init__(self, name: str, pixels: bool = False, spread: Spread | None = None):
+        from dm_control import suite
+
+        self._domain, task = name.split("-")
+        self._env = suite.load(self._domain, task)
+        self._spread = spread
+        self._renderer = None
+        self.frame_skip = round(self._env.control_timestep() / self._env.physics.timestep())
+        if spread:
+            self._xml, self._assets = importlib.import_module(
+                f"dm_control.suite.{self._domain}"
+            ).get_model_and_assets()
+        action = self._env.action_spec()
+        self.action_space = gym.spaces.Box(
+            action.minimum.astype(np.float32), action.maximum.astype(np.float32)
+        )
+        if pixels:
+            from gato_lib.domains.rendering import Renderer
+
+            self._renderer = Renderer(self.model, IMAGE)
+            spaces = {"image": gym.spaces.Box(0, 255, (IMAGE, IMAGE, 3), np.uint8)}
+        else:
+            spaces = {
+                key: gym.spaces.Box(-np.inf, np.inf, np.atleast_1d(value).shape, np.float64)
+                for key, value in self._env.reset().observation.items()
+            }
+        self.observation_space = gym.spaces.Dict(spaces)
+
+    @property
+    def model(self) -> Any:
+        return self._env.physics.model.ptr
+
+    @property
+    def data(self) -> Any:
+        return self._env.physics.data.ptr
+
+    def _observation(self, timestep: Any) -> dict[str, np.ndarray]:
+        if self._renderer:
+            return {"image": self._renderer(self.data)}
+        return {k: np.array(v, np.float64, ndmin=1) for k, v in timestep.observation.items()}
+
+    def _new_physics(self) -> None:
+        """Compile the task's model anew, with this episode's factors."""
+        import mujoco
+        from dm_control.mujoco import wrapper
+        from dm_control.rl import control
+
+        spec = mujoco.MjSpec.from_string(self._xml, include=self._assets)
+        self.factors = randomize(spec, self._spread, self.np_random)
+        model = wrapper.MjModel(spec.compile())
+        self._env = control.Environment(
+            type(self._env.physics).from_model(model),
+            self._env.task,
+            n_sub_steps=self.frame_skip,
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        # Tasks draw from `random`, which dm_control sets only when a task is made.
+        self._env.task._random = np.random.RandomState(self.np_random.integers(2**32))
+        if self._spread:
+            self._new_physics()
+        self._steps = 0
+        return self._observation(self._env.reset()), {}
+
+    def step(self, action: np.ndarray):
+        timestep = self._env.step(np.asarray(action, np.float64))
+        self._steps += 1
+        return (
+            self._observation(timestep),
+            float(timestep.reward),
+            False,
+            self._steps >= STEPS,
+            {},
+        )
+
+    def close(self) -> None:
+        if self._renderer:
+            self._renderer.close()
+
+
+def _domain(
+    name: str, tasks: tuple[str, ...], make_env: Callable[[str], gym.Env], *sources: str
+) -> Domain:
+    return Domain(
+        name=name,
+        tasks={
+            f"{name}/{task}": TaskSpec(
+                id=f"{name}/{task}",
+                metric="return",
+                floor=1000.0,
+                floor_source="upper bound of the reward: 1 a step for 1,000 steps",
+                noise="standard deviation of Gaussian noise on each control, in half its range",
+                expert="sampling model-predictive control in the simulator's own model",
+                sees="the simulator's full state and physics, and its future",
+            )
+            for task in tasks
+        },
+        make_env=make_env,
+        make_expert=lambda task: PlanningExpert(_EXPERTS[task]),
+        sources=("dmc.py", "planning.py", *sources),
+        perturb=gaussian,
+    )
+
+
+DOMAINS = (
+    _domain("dmc", tuple(_EXPERTS), Suite),
+    _domain("dmc_pixels", _PIXELS, functools.partial(Suite, pixels=True), "rendering.py"),
+    *(
+        _domain(name, _RANDOM[name], functools.partial(Suite, spread=spread))
+        for name, spread in SPREADS.items()
+    ),
+)
