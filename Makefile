@@ -25,7 +25,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export MUJOCO_GL ?= egl
 endif
 
-.PHONY: help setup reproduce test test-slow notebooks results references benchmarks tpu-compile lint lab clean
+.PHONY: help setup reproduce test test-slow notebooks results references procgen benchmarks tpu-compile lint lab clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -56,6 +56,10 @@ results: setup ## run the notebooks, then update the committed files that PRESET
 
 references: setup ## measure the expert and random returns that scores are relative to
 	@$(PYTHON) experiments/references.py
+
+procgen: setup ## install Procgen, whose own pins are too old for pip to accept
+	@$(PYTHON) -m pip install --disable-pip-version-check -q --no-deps \
+	  -r experiments/procgen-requirements.txt && echo "procgen: installed"
 
 benchmarks: setup ## measure speeds on this machine and update their committed rows
 	@for file in $(filter-out %/tpu_compile.py,$(wildcard experiments/benchmarks/*.py)); do \
