@@ -107,6 +107,13 @@ def load_preset(name: str) -> dict[str, dict[str, Any]]:
     return {n: shared | special.get(n, {}) for n in table}
 
 
+def all_parameters(notebook: str, preset: str) -> dict[str, Any]:
+    """A notebook's parameters with a preset, defaults included; raises UserError."""
+    path, values = load_table()[notebook].path, load_preset(preset)[notebook]
+    defaults = {name: default for name, (_, default) in _declared_parameters(path).items()}
+    return defaults | validate_parameters(path, values)
+
+
 # Where publishing puts the files of a run's folder.
 PUBLISHED = {"results": "experiments/results", "figures": "figures"}
 

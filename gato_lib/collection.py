@@ -19,7 +19,7 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,8 +100,7 @@ class Collection:
 
     @property
     def folder(self) -> pathlib.Path:
-        domain = self.task.split("/")[0]
-        code = source_digest("collection.py", "episodes.py", f"domains/{domain}.py")
+        code = source_digest("collection.py", "episodes.py") + domains.domain_of(self.task).code
         settings = [code, self.task, self.episodes, list(self.noise), self.seed]
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         return pathlib.Path(self.root) / f"{self.task.replace('/', '-')}-{digest}"
@@ -122,6 +121,18 @@ class Collection:
 
     def shard(self, index: int) -> pathlib.Path:
         return self.folder.with_suffix(".shards") / f"{index:06d}.npz"
+
+    def leftovers(self, first: int, step: int) -> list[pathlib.Path]:
+        """What a kill left behind: of a merge, and of the shards that are this machine's."""
+        shards = self.folder.with_suffix(".shards")
+        if self.done:
+            return [shards] if shards.is_dir() else []
+        partial = [
+            p for p in shards.glob(".*.npz.*.partial") if int(p.name.split(".")[1]) % step == first
+        ]
+        if step == 1:
+            partial += self.folder.parent.glob(f".{self.folder.name}.*.partial")
+        return partial
 
     def episode_seed(self, index: int, attempt: int) -> int:
         """Seeds of collection never meet those of evaluation, which start at 2**30."""
@@ -179,7 +190,7 @@ def _collect_chunk(collection: Collection, indices: Sequence[int]) -> int:
     return len(indices)
 
 
-def _merge(collection: Collection) -> None:
+def _merge(collection: Collection, notes: Mapping[str, Any] | None = None) -> None:
     """Check, filter and write the Minari data set, then drop the shards; runs in a worker.
 
     Raises DataError naming the shard or the task; the shards stay.
@@ -194,7 +205,8 @@ def _merge(collection: Collection) -> None:
         validate(episode, env.observation_space, env.action_space, str(path))
         episodes.append(episode)
     scores = [episode_score(collection.task, e.rewards, e.success) for e in episodes]
-    if domains.TASKS[collection.task].metric == "success":
+    spec = domains.TASKS[collection.task]
+    if spec.metric == "success":
         keep = np.array([e.success for e in episodes])
     else:
         try:
@@ -209,59 +221,92 @@ def _merge(collection: Collection) -> None:
         env.observation_space,
         env.action_space,
         collection.card
-        | {"kept": int(keep.sum()), "expert_return": expert_return(scores), "scores": scores},
+        | {"kept": int(keep.sum()), "expert_return": expert_return(scores), "scores": scores}
+        | {"expert": spec.expert, "expert_sees": spec.sees}
+        | dict(notes or {}),
     )
     env.close()
     shutil.rmtree(collection.shard(0).parent)
 
 
-def collect(collections: Sequence[Collection], workers: int | None = None) -> Iterator[str]:
+def collect(
+    collections: Sequence[Collection],
+    workers: int | None = None,
+    *,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[str]:
     """Collect what is missing, yielding one line of progress at a time.
 
-    A killed collection goes on where it stopped; a finished one returns at once. Only one process
-    may collect into a folder at a time.
+    A killed collection goes on where it stopped; a finished one returns at once. A task that fails
+    does not stop the others: what could not be collected, and why, is in the DataError at the end.
+    Only one process may collect into a folder at a time, but for different parts.
+
+    Args:
+      notes: by task, what else its data card shall hold.
+      part: (i, n) collects every n-th episode from the i-th on, as one of n machines does. Nothing
+        is merged then: that is left to a call without it, once all parts lie in the folder.
     """
-    for c in collections:  # what a kill left behind
-        leftovers = [*c.folder.parent.glob(f".{c.folder.name}.*.partial")]
-        leftovers += [*c.shard(0).parent.glob("*.partial")]
-        for path in leftovers + ([c.shard(0).parent] if c.done else []):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+    first, step = part
+    if not 0 <= first < step:
+        raise ValueError(f"part is {part}, expected (i, n) with 0 <= i < n")
+    for path in [p for c in collections for p in c.leftovers(first, step)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     todo = [c for c in collections if not c.done]
     if not todo:
         return
-    missing = {c: [i for i in range(c.episodes) if not c.shard(i).is_file()] for c in todo}
-    total, left = sum(c.episodes for c in todo), sum(map(len, missing.values()))
+    mine = {c: range(first, c.episodes, step) for c in todo}
+    missing = {c: [i for i in mine[c] if not c.shard(i).is_file()] for c in todo}
+    total, left = sum(map(len, mine.values())), sum(map(len, missing.values()))
     yield f"collecting {left} of {total} episodes of {len(todo)} tasks"
-    begin, wanted = time.perf_counter(), left
+    begin, wanted, skipped = time.perf_counter(), left, {}
     with worker_pool(workers) as pool:
         pending: dict[concurrent.futures.Future, Collection] = {}
         chunks_left = {}
+
+        def merge(c: Collection) -> None:
+            if step == 1:
+                pending[pool.submit(_merge, c, (notes or {}).get(c.task, {}))] = c
+
         for c in todo:
             chunks = [missing[c][i : i + CHUNK] for i in range(0, len(missing[c]), CHUNK)]
             chunks_left[c] = len(chunks)
             for chunk in chunks:
                 pending[pool.submit(_collect_chunk, c, chunk)] = c
             if not chunks:
-                pending[pool.submit(_merge, c)] = c
+                merge(c)
         while pending:
             done, _ = concurrent.futures.wait(
                 pending, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
                 c = pending.pop(future)
-                count = future.result()
+                try:
+                    count = future.result()
+                except (DataError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+                    if c not in skipped:
+                        skipped[c] = f"{type(error).__name__}: {error}"
+                        yield f"skipping {c.task}: {skipped[c]}"
+                    for other in [f for f, owner in pending.items() if owner is c and f.cancel()]:
+                        del pending[other]
+                    continue
                 if count is None:  # a merge
                     continue
                 left -= count
                 chunks_left[c] -= 1
-                if chunks_left[c] == 0:
-                    pending[pool.submit(_merge, c)] = c
+                if chunks_left[c] == 0 and c not in skipped:
+                    merge(c)
                 seconds = (time.perf_counter() - begin) * left / (wanted - left)
                 yield f"{total - left} of {total} episodes collected, about {seconds:.0f} s left"
-    yield f"{total} episodes of {len(todo)} tasks collected"
+    finished = len(todo) - len(skipped)
+    episodes = sum(len(mine[c]) for c in todo if c not in skipped)
+    yield f"{episodes} episodes of {finished} tasks collected"
+    if skipped:
+        reasons = "".join(f"\n  {c.task}: {why}" for c, why in skipped.items())
+        raise DataError(f"{len(skipped)} of {len(todo)} tasks could not be collected:{reasons}")
 
 
 def load(collection: Collection) -> tuple[list[Episode], dict]:

@@ -189,7 +189,7 @@ class _Random(domains.Expert):
 def _reference(task: str, policy: str, episodes: int, seed: int) -> dict[str, Any]:
     """Mean score of the expert or of uniformly random actions; runs in a worker process."""
     env, expert = domains.make_env(task), domains.make_expert(task)
-    scores, failed = [], 0
+    scores, steps, failed = [], [], 0
     for index in range(episodes):
         reset_seed = episode_seed(f"{policy} {task}", seed, index)
         # Random actions come from another stream than the layout.
@@ -198,6 +198,7 @@ def _reference(task: str, policy: str, episodes: int, seed: int) -> dict[str, An
             unused = np.random.default_rng(0)  # no noise is injected
             episode = rollout(env, player, task, reset_seed, 0.0, unused)
             scores.append(episode_score(task, episode.rewards, episode.success))
+            steps.append(episode.steps)
         except domains.ExpertError:
             failed += 1  # scored 0: the expert did not solve it
             scores.append(0.0)
@@ -208,21 +209,19 @@ def _reference(task: str, policy: str, episodes: int, seed: int) -> dict[str, An
         "n": episodes,
         "mean": float(np.mean(scores)),
         "standard_error": float(np.std(scores, ddof=1) / np.sqrt(episodes)),
+        "steps": float(np.mean(steps)) if steps else float("nan"),
         "failed": failed,
         "seed": seed,
+        "code": domains.domain_of(task).code,
     }
 
 
 def measure_references(
-    tasks: Sequence[str], episodes: int, seed: int, workers: int | None = None
+    wanted: Sequence[tuple[str, str, int]], seed: int, workers: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Random and expert scores of each task, yielded as they are measured."""
+    """Scores of (task, "random" or "expert", episodes), yielded as they are measured."""
     with worker_pool(workers) as pool:
-        jobs = [
-            pool.submit(_reference, task, policy, episodes, seed)
-            for policy in ("random", "expert")
-            for task in tasks
-        ]
+        jobs = [pool.submit(_reference, *item, seed) for item in wanted]
         for job in concurrent.futures.as_completed(jobs):
             yield job.result()
 
@@ -231,15 +230,17 @@ def read_references(path: str | os.PathLike) -> pd.DataFrame:
     """One row a task: random, expert, their n and standard errors, `sound` and `weak` flags.
 
     An expert is weak under half of its floor, and not sound where its 95 % interval meets
-    random's.
+    random's. `steps` is the mean length of its episodes. A task of which only one was measured yet
+    is left out.
     """
     try:
         frame = pd.read_csv(path).set_index(["task", "policy"])
-        frame[["mean", "standard_error", "n"]]
+        frame[["mean", "standard_error", "n", "steps"]]
     except (ValueError, KeyError) as error:
         raise DataError(f"{path}: not a table of references ({error})") from error
     rows = []
-    for task in dict.fromkeys(t for t, _ in frame.index):
+    both = [t for t, policy in frame.index if policy == "random" and (t, "expert") in frame.index]
+    for task in both:
         random, expert = frame.loc[(task, "random")], frame.loc[(task, "expert")]
         gap = expert["mean"] - random["mean"]
         spread = 1.96 * np.hypot(random["standard_error"], expert["standard_error"])
@@ -251,6 +252,8 @@ def read_references(path: str | os.PathLike) -> pd.DataFrame:
                 "expert": expert["mean"],
                 "expert_se": expert["standard_error"],
                 "n": int(min(random["n"], expert["n"])),
+                "steps": expert["steps"],
+                "floor": domains.TASKS[task].floor,
                 "sound": bool(gap > spread),
                 "weak": bool(expert["mean"] < domains.TASKS[task].floor / 2),
             }

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,8 +23,56 @@ from gato_lib.files import write_bytes
 NARROW, WIDE = 3.3, 6.8  # inches: one column and two
 
 _colorblind = sns.color_palette("colorblind")
-DOMAIN_COLORS = {"babyai": _colorblind[1], "metaworld": _colorblind[0]}
-DOMAIN_NAMES = {"babyai": "BabyAI", "metaworld": "Meta-World"}
+
+
+class _Colors(dict):
+    """A user's own domain is grey."""
+
+    def __missing__(self, domain: str) -> tuple[float, ...]:
+        return (0.45, 0.45, 0.45)
+
+
+class _Names(dict):
+    """A user's own domain has the name it has."""
+
+    def __missing__(self, domain: str) -> str:
+        return domain
+
+
+def _shades(color: tuple[float, ...], n: int) -> list[tuple[float, ...]]:
+    """From the colour itself to a light one: domains of one simulator."""
+    return sns.light_palette(color, n + 1)[:0:-1]
+
+
+# In the order in which figures list them.
+DOMAIN_NAMES = _Names(
+    babyai="BabyAI",
+    metaworld="Meta-World",
+    dmc="DM Control",
+    dmc_pixels="DM Control, pixels",
+    dmc_random_small="DM Control, random small",
+    dmc_random_large="DM Control, random large",
+    atari="Atari",
+    atari_extended="Atari, extended",
+    dmlab="MiniWorld",
+    sokoban="Sokoban",
+    procgen="Procgen",
+    modular_rl="Modular RL",
+    manipulation="DM Manipulation",
+    rgb_stacking="RGB stacking",
+)
+DOMAIN_COLORS = _Colors(
+    zip(
+        DOMAIN_NAMES,
+        [
+            *(_colorblind[1], _colorblind[0]),
+            *_shades(_colorblind[2], 4),
+            *_shades(_colorblind[3], 2),
+            *(_colorblind[i] for i in (4, 5, 6, 8, 9, 7)),
+        ],
+        strict=True,
+    )
+)
 KIND_COLORS = dict(
     zip(
         ("text", "image", "discrete", "continuous", "separator", "action", "padding"),
@@ -32,6 +80,12 @@ KIND_COLORS = dict(
         strict=True,
     )
 )
+
+
+def in_order(domains: Iterable[str]) -> list[str]:
+    """Each domain once, in the order of the figures, a user's own ones last."""
+    present = set(domains)
+    return [d for d in DOMAIN_NAMES if d in present] + sorted(present - set(DOMAIN_NAMES))
 
 
 def use_theme() -> None:
@@ -91,7 +145,7 @@ def threshold_curve(scores: pd.DataFrame, ax: Axes) -> Axes:
     `scores` has columns domain and normalized (1.0 = expert).
     """
     thresholds = np.linspace(0.0, 1.0, 101)
-    domains = [d for d in DOMAIN_COLORS if d in set(scores.domain)]
+    domains = in_order(scores.domain)
     counts = [
         [(scores.normalized[scores.domain == d] >= t).sum() for t in thresholds] for d in domains
     ]
@@ -142,7 +196,7 @@ def score_bars(scores: pd.DataFrame, ax: Axes) -> Axes:
     ax.axvline(100, color="0.5", lw=0.8, ls=":")
     ax.set(xlabel="Normalized score (% of expert, 0 = random)", ylim=(-0.6, len(order) - 0.4))
     ax.tick_params(axis="y", length=0)
-    shown = [d for d in DOMAIN_COLORS if d in set(order.domain)]
+    shown = in_order(order.domain)
     handles = [plt.Rectangle((0, 0), 1, 1, color=DOMAIN_COLORS[d]) for d in shown]
     ax.legend(
         handles,

@@ -66,8 +66,9 @@ def hardware() -> str:
 @functools.cache
 def versions() -> str:
     """Versions of what decides the numbers."""
-    names = ("jax", "flax", "optax", "numpy", "metaworld", "minigrid")
-    return " ".join(f"{n}={importlib.metadata.version(n)}" for n in names)
+    numbers = ("jax", "flax", "optax", "numpy")
+    simulators = ("mujoco", "metaworld", "minigrid", "dm-control", "ale-py", "miniworld")
+    return " ".join(f"{n}={importlib.metadata.version(n)}" for n in numbers + simulators)
 
 
 def row(

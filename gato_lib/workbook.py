@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
 
@@ -35,10 +36,10 @@ from gato_lib.config import (
     source_digest,
 )
 from gato_lib.embedding import check_text
-from gato_lib.episodes import Episode, flatten
-from gato_lib.evaluation import rollouts
+from gato_lib.episodes import Episode, flatten, is_text
+from gato_lib.evaluation import read_references, rollouts
 from gato_lib.files import write_bytes, write_text
-from gato_lib.mixture import Mixture, build_group
+from gato_lib.mixture import Mixture, build_group, mixture_weights
 from gato_lib.sequence import MODALITIES, Tokenizer, TokenSequence
 from gato_lib.tokenizers import TextTokenizer, train_text_tokenizer
 from gato_lib.training import Metrics, initial_state, train
@@ -102,7 +103,7 @@ class Run:
 def select_tasks(pattern: str) -> tuple[str, ...]:
     """Task ids from "all", "small", or a comma-separated list of ids and domains.
 
-    "all" is every task that is not held out; "small" is one of each domain. Raises ConfigError for
+    "all" is every task that is installed and not held out; "small" is two. Raises ConfigError for
     an unknown name or a held-out task.
     """
     if pattern == "small":
@@ -111,7 +112,11 @@ def select_tasks(pattern: str) -> tuple[str, ...]:
     for name in pattern.split(","):
         name = name.strip()
         if name == "all":
-            chosen += [t for t in domains.TASKS if t not in domains.HELD_OUT]
+            chosen += [
+                t
+                for t in domains.TASKS
+                if t not in domains.HELD_OUT and domains.domain_of(t).installed
+            ]
         elif name in domains.DOMAINS:
             chosen += [t for t in domains.DOMAINS[name].tasks if t not in domains.HELD_OUT]
         elif name in domains.HELD_OUT:
@@ -124,6 +129,41 @@ def select_tasks(pattern: str) -> tuple[str, ...]:
                 f"{', '.join(domains.TASKS)}"
             )
     return tuple(dict.fromkeys(chosen))
+
+
+def episodes_by_domain(text: str, tasks: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Demonstrations a task for each domain of `tasks`, from a notebook's parameter.
+
+    A list such as "babyai 8, others 2"; it may name domains that `tasks` does not have. Raises
+    ConfigError.
+    """
+    counts: dict[str, int] = {}
+    known = [*domains.DOMAINS, "others"]
+    for item in text.split(","):
+        name, _, count = item.strip().rpartition(" ")
+        if name not in known or not count.isdigit() or int(count) == 0 or name in counts:
+            raise ConfigError(
+                f"episodes: {item.strip()!r} in {text!r}; expected, once each, a number behind one "
+                f"of {', '.join(known)}"
+            )
+        counts[name] = int(count)
+    present = sorted({t.split("/")[0] for t in tasks})
+    missing = [d for d in present if d not in counts and "others" not in counts]
+    if missing:
+        raise ConfigError(f"episodes: {text!r} has no number for {', '.join(missing)} or others")
+    return tuple((d, counts.get(d) or counts["others"]) for d in present)
+
+
+def data_config(tasks: str, episodes: str, noise: str, mixture: str, **settings: Any) -> DataConfig:
+    """Data settings from a notebook's parameters, with the texts among them taken apart."""
+    chosen = select_tasks(tasks)
+    return DataConfig(
+        tasks=chosen,
+        episodes=episodes_by_domain(episodes, chosen),
+        noise=tuple(float(x) for x in noise.split(",")),
+        weights=mixture_weights(mixture, sorted({t.split("/")[0] for t in chosen})),
+        **settings,
+    )
 
 
 def collections(run: Run, config: DataConfig) -> list[collection.Collection]:
@@ -149,13 +189,51 @@ class Prepared:
     cards: list[dict[str, Any]]  # one data card a task
 
 
+def collect(run: Run, config: DataConfig, part: tuple[int, int] = (0, 1)) -> None:
+    """Collect what `config` asks for and what is missing, or a machine's part. Prints progress.
+
+    Data cards get the committed references of their tasks: random and expert, with n and 95 %
+    intervals. Raises DataError at the end where a task could not be collected.
+    """
+    references = read_references(results.COMMITTED / "references.csv")
+    notes = {}
+    for task in set(config.tasks) & set(references.index):
+        known = references.loc[task]
+        notes[task] = {"versions": results.versions(), "n": int(known.n)}
+        for policy in ("random", "expert"):
+            notes[task][f"{policy}_score"] = float(known[policy])
+            notes[task][f"{policy}_interval"] = float(1.96 * known[f"{policy}_se"])
+    progress = Progress()
+    wanted = collections(run, config)
+    todo = [c for c in wanted if not c.done]
+    if todo:
+        size = sum(
+            c.episodes * bytes_a_step(c.task) * references.steps.get(c.task, 0) for c in todo
+        )
+        print(f"about {size / 1e9:.2g} GB of disk, twice that while a task is merged")
+    for line in collection.collect(wanted, notes=notes, part=part):
+        progress(line, done=line.startswith("skipping") or line.endswith("tasks collected"))
+
+
+def bytes_a_step(task: str) -> int:
+    """Stored size of a task's timestep, uncompressed; a text counts 64 bytes."""
+    env = domains.make_env(task)
+    leaves = {**flatten(env.observation_space), "action": env.action_space}.values()
+    env.close()
+    sizes = [
+        64 if is_text(leaf) else np.dtype(leaf.dtype).itemsize * math.prod(leaf.shape)
+        for leaf in leaves
+    ]
+    return sum(sizes)
+
+
 def prepare(run: Run, config: DataConfig) -> Prepared:
     """Collect what is missing, tokenize it, and build the mixture. Prints progress."""
     wanted = collections(run, config)
     progress = Progress()
     with distributed.writer_first("collect"):
-        for line in collection.collect(wanted) if distributed.is_writer() else ():
-            progress(line)
+        if distributed.is_writer():
+            collect(run, config)
     episodes: dict[str, list[Episode]] = {}
     cards = []
     for number, item in enumerate(wanted):
@@ -359,7 +437,12 @@ def trained_on(folder: str | os.PathLike) -> TrainedOn:
 
 
 def demonstrations(run: Run, config: DataConfig) -> Callable[[str], list[Episode]]:
-    """A function from a task to its kept demonstrations, for prompts."""
+    """A function from a task to its kept demonstrations, for prompts.
+
+    They are collected where they are missing, as after a change of the code that makes them: an
+    agent outlives its data.
+    """
+    collect(run, config)
     items = {c.task: c for c in collections(run, config)}
     return lambda task: collection.load(items[task])[0]
 

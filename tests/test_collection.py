@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from gato_lib import collection, domains
+from gato_lib import collection, domains, workbook
 from gato_lib.collection import Collection
 from gato_lib.episodes import DataError, read_shard, write_shard
 
@@ -78,6 +79,45 @@ def test_a_kill_leaves_whole_episodes_only(tmp_path):
     shards = list(folder.glob("*.npz"))
     assert 3 < len(shards) < 200 and not item.done
     assert all(read_shard(s).task == "babyai/Open" for s in shards)
+
+
+def test_several_machines_collect_parts_and_one_merges(tmp_path):
+    item = Collection(str(tmp_path), TASK, 5, (0.0,), 0)
+    for part, count in (((0, 2), 3), ((1, 2), 2)):
+        lines = list(collection.collect([item], workers=1, part=part))
+        assert lines[0] == f"collecting {count} of {count} episodes of 1 tasks"
+        assert not item.done
+    assert len(list(item.shard(0).parent.glob("*.npz"))) == 5
+    foreign = item.shard(0).parent / ".000001.npz.1.partial"  # another machine is writing it
+    foreign.touch()
+    again = list(collection.collect([item], workers=1, part=(0, 2)))
+    assert again[0] == "collecting 0 of 3 episodes of 1 tasks"
+    assert foreign.is_file()
+    merged = list(collection.collect([item], workers=1))
+    assert merged[0] == "collecting 0 of 5 episodes of 1 tasks"
+    straight = Collection(str(tmp_path / "straight"), TASK, 5, (0.0,), 0)
+    list(collection.collect([straight], workers=1, notes={TASK: {"random_score": 0.25}}))
+    assert collection.load(straight)[1]["random_score"] == 0.25
+    for a, b in zip(collection.load(item)[0], collection.load(straight)[0], strict=True):
+        np.testing.assert_array_equal(a.actions, b.actions)
+    with pytest.raises(ValueError, match=r"part is \(2, 2\)"):
+        list(collection.collect([item], part=(2, 2)))
+
+
+def test_a_task_that_fails_does_not_stop_the_others(tmp_path):
+    bad = Collection(str(tmp_path), "babyai/Open", 2, (0.0,), 0)
+    good = Collection(str(tmp_path), TASK, 2, (0.0,), 0)
+    bad.shard(0).parent.mkdir(parents=True)
+    bad.shard(0).write_bytes(b"not an archive")
+    lines = []
+    with pytest.raises(DataError, match="1 of 2 tasks could not be collected") as caught:
+        for line in collection.collect([bad, good], workers=1):
+            lines.append(line)
+    assert "babyai/Open: DataError" in str(caught.value) and "000000.npz" in str(caught.value)
+    assert lines[-1] == "2 episodes of 1 tasks collected"
+    assert good.done and not bad.done and bad.shard(1).is_file()
+    bad.shard(0).unlink()
+    assert list(collection.collect([bad, good], workers=1))[-1] == "2 episodes of 1 tasks collected"
 
 
 def test_seeds_of_collection_and_evaluation_never_meet():
@@ -163,3 +203,32 @@ def test_an_expert_that_always_fails_is_reported(tmp_path, monkeypatch):
     item = Collection(str(tmp_path), TASK, 1, (0.0,), 0)
     with pytest.raises(ValueError, match="babyai/GoToObj: the expert failed on 20 seeds"):
         collection._collect_chunk(item, [0])
+
+
+@pytest.mark.slow
+def test_the_command_collects_shards_and_merges(tmp_path):
+    """What it merges is what 02_datasets asks for."""
+    repository = pathlib.Path(__file__).resolve().parent.parent
+    command = [sys.executable, str(repository / "experiments" / "collect.py"), "--preset", "smoke"]
+    command += ["--run-dir", str(tmp_path)]
+
+    def say(*arguments):
+        return subprocess.run([*command, *arguments], capture_output=True, text=True)
+
+    first, second, merge = say("--shard", "1/2"), say("--shard", "2/2"), say()
+    assert first.stdout.startswith("about") and "GB of disk" in first.stdout
+    for done, episodes in ((first, 6), (second, 6), (merge, 12)):
+        assert done.returncode == 0, done.stderr
+        assert f"{episodes} episodes of 2 tasks collected" in done.stdout
+    config = workbook.data_config(
+        "small", "babyai 8, metaworld 4", "0, 0.1, 0.3", "equal", vocabulary_size=1024
+    )
+    wanted = workbook.collections(workbook.Run(tmp_path, "smoke"), config)
+    assert [c.done for c in wanted] == [True, True]
+    for c in wanted:
+        _, card = collection.load(c)
+        assert card["expert_score"] > card["random_score"] and card["n"] >= 20
+        assert "metaworld=" in card["versions"] and card["expert"]
+    wrong = say("--shard", "3/2")
+    assert wrong.returncode == 2 and "'3/2', expected i/n" in wrong.stderr
+    assert "unknown preset" in say("--preset", "laptob").stderr

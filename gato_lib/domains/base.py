@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
+
+from gato_lib.config import source_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +25,8 @@ class TaskSpec:
       floor: a score that a sound expert reaches at least half of, from the literature or the
         reward's bound; `floor_source` says which.
       noise: what a unit of injected action noise is, for the data card.
-      expert: what the expert is, and what it may see that the agent does not.
+      expert: who plays.
+      sees: what the expert uses that the agent does not see; "" where there is nothing.
     """
 
     id: str
@@ -29,6 +35,7 @@ class TaskSpec:
     floor_source: str
     noise: str
     expert: str
+    sees: str = ""
 
     @property
     def domain(self) -> str:
@@ -58,12 +65,55 @@ class Expert(abc.ABC):
         """
 
 
+Perturb = Callable[[Any, float, gym.Env, np.random.Generator], Any]
+
+
+def random_share(action: int, noise: float, env: gym.Env, rng: np.random.Generator) -> int:
+    """Replace a share `noise` of discrete actions by uniformly random ones."""
+    space = env.action_space
+    return int(space.start + rng.integers(space.n)) if rng.random() < noise else action
+
+
+def gaussian(
+    action: np.ndarray, noise: float, env: gym.Env, rng: np.random.Generator
+) -> np.ndarray:
+    """Add Gaussian noise to a Box action, in units of half its range, and clip it."""
+    low, high = env.action_space.low, env.action_space.high
+    noisy = action + noise * (high - low) / 2 * rng.normal(size=action.shape)
+    return np.clip(noisy, low, high).astype(env.action_space.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """A domain's tasks and how to make them. `perturb(action, noise, env, rng)` injects noise."""
+    """A data set of the paper's Table 1: its tasks, and how to make and to play them.
+
+    Attributes:
+      name: key of `mixture.PAPER_WEIGHTS` (a user's own domain may have any other).
+      tasks: by id.
+      make_env: task name (without the domain) -> environment. `reset(seed=s)` must fix the whole
+        episode. Simulators are imported here, not with the module: all tasks are known even where
+        an optional simulator is missing, and no process loads one that it does not use.
+      make_expert: task name -> Expert.
+      sources: files of `domains/` whose code decides the data; when it changes, data made with it
+        is collected anew.
+      perturb: (action, noise, env, rng) -> the action executed in the expert's stead.
+      requires: modules that must be installed; `install` is the line that installs them.
+    """
 
     name: str
     tasks: dict[str, TaskSpec]
-    make_env: Any
-    make_expert: Any
-    perturb: Any
+    make_env: Callable[[str], gym.Env]
+    make_expert: Callable[[str], Expert]
+    sources: tuple[str, ...]
+    perturb: Perturb
+    requires: tuple[str, ...] = ()
+    install: str = ""
+
+    @property
+    def code(self) -> str:
+        """Eight hex digits that change with the code that decides the data."""
+        return source_digest(*(f"domains/{name}" for name in self.sources))
+
+    @property
+    def installed(self) -> bool:
+        return all(importlib.util.find_spec(module) for module in self.requires)

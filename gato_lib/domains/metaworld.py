@@ -12,24 +12,22 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-from metaworld.policies import ENV_POLICY_MAP
 
-from gato_lib.domains.base import Domain, Expert, TaskSpec
+from gato_lib.domains.base import Domain, Expert, TaskSpec, gaussian
 
 MAX_STEPS = 500
 
-_TASKS = (
-    "reach",
-    "push",
-    "pick-place",
-    "door-open",
-    "drawer-open",
-    "drawer-close",
-    "button-press-topdown",
-    "window-open",
-    "plate-slide",
-    "handle-press",
+_TASKS = tuple(
+    """
+    assembly basketball bin-picking box-close button-press button-press-topdown
+    button-press-topdown-wall button-press-wall coffee-button coffee-pull coffee-push dial-turn
+    disassemble door-close door-lock door-open door-unlock drawer-close drawer-open faucet-close
+    faucet-open hammer hand-insert handle-press handle-press-side handle-pull handle-pull-side
+    lever-pull peg-insert-side peg-unplug-side pick-out-of-hole pick-place pick-place-wall
+    plate-slide plate-slide-back plate-slide-back-side plate-slide-side push push-back push-wall
+    reach reach-wall shelf-place soccer stick-pull stick-push sweep sweep-into window-close
+    window-open
+    """.split()  # noqa: SIM905
 )
 
 
@@ -70,6 +68,8 @@ class _Seeded(gym.Wrapper):
 
 
 def make_env(name: str) -> gym.Env:
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
     return _Seeded(ALL_V3_ENVIRONMENTS[f"{name}-v3"]())
 
 
@@ -77,6 +77,8 @@ class Scripted(Expert):
     """Meta-World's scripted policy. It reads the same 39 numbers as the agent."""
 
     def __init__(self, name: str):
+        from metaworld.policies import ENV_POLICY_MAP
+
         self._make = ENV_POLICY_MAP[f"{name}-v3"]
 
     def reset(self, env: gym.Env) -> None:
@@ -90,24 +92,23 @@ class Scripted(Expert):
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
 
-def perturb(action: np.ndarray, noise: float, env: gym.Env, rng: np.random.Generator) -> np.ndarray:
-    return np.clip(action + noise * rng.normal(size=4), -1.0, 1.0).astype(np.float32)
-
-
-DOMAIN = Domain(
-    name="metaworld",
-    tasks={
-        f"metaworld/{name}": TaskSpec(
-            id=f"metaworld/{name}",
-            metric="success",
-            floor=1.0,
-            floor_source="every episode solved",
-            noise="standard deviation of Gaussian noise on each of the four actions",
-            expert="Meta-World's scripted policy, from the agent's own observation",
-        )
-        for name in _TASKS
-    },
-    make_env=make_env,
-    make_expert=Scripted,
-    perturb=perturb,
+DOMAINS = (
+    Domain(
+        name="metaworld",
+        tasks={
+            f"metaworld/{name}": TaskSpec(
+                id=f"metaworld/{name}",
+                metric="success",
+                floor=1.0,
+                floor_source="every episode solved",
+                noise="standard deviation of Gaussian noise on each of the four actions",
+                expert="Meta-World's scripted policy, from the agent's own observation",
+            )
+            for name in _TASKS
+        },
+        make_env=make_env,
+        make_expert=Scripted,
+        perturb=gaussian,
+        sources=("metaworld.py",),
+    ),
 )
