@@ -136,9 +136,10 @@ def test_third_party_imports_are_declared():
     lines += [line for line in procgen.read_text().splitlines() if "==" in line]
     declared = {line.split("==")[0].split("[")[0].lower().replace("_", "-") for line in lines}
     providers = importlib.metadata.packages_distributions()
+    scripts = {path.stem for path in (REPOSITORY / "experiments").glob("*.py")}
     for path in [*MODULES, *(REPOSITORY / "experiments").glob("*.py")]:
         for name in {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names):
-            if name in ("gato_lib", "__future__"):
+            if name in ("gato_lib", "__future__", *scripts):
                 continue
             found = {p.lower().replace("_", "-") for p in providers.get(name, [name])}
             found |= {"procgen-mirror"} if name == "procgen" else set()
