@@ -286,7 +286,9 @@ def collect(
                 c = pending.pop(future)
                 try:
                     count = future.result()
-                except (DataError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+                except (OSError, concurrent.futures.BrokenExecutor):
+                    raise  # a full disk or a killed worker stops them all
+                except Exception as error:  # simulators fail in many ways
                     if c not in skipped:
                         skipped[c] = f"{type(error).__name__}: {error}"
                         yield f"skipping {c.task}: {skipped[c]}"
