@@ -7,6 +7,8 @@ A domain is one module with `DOMAINS`, mostly of one entry; adding one is that f
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 
 import gymnasium as gym
 
@@ -22,6 +24,11 @@ _MODULES = (
     "rgb_stacking",
     "procgen",
 )
+
+if sys.platform == "linux":
+    # MuJoCo reads this when it is first imported, which is later than here. EGL draws without a
+    # display, with and without a GPU.
+    os.environ.setdefault("MUJOCO_GL", "egl")
 
 DOMAINS: dict[str, Domain] = {
     domain.name: domain
