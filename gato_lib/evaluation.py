@@ -91,10 +91,10 @@ def rollouts(
 ) -> Iterator[pd.DataFrame]:
     """Play `episodes` of each task, yielding the table of finished episodes as it grows.
 
-    Environments of a domain act in one batch, `lanes` a task. With `path`, finished episodes are
-    kept there and a second call goes on from them. Each episode depends on task, seed and index
-    alone. `prompt` is "none", or the "start" or "end" of a demonstration of the task, drawn anew
-    for each episode from `demonstrations(task)`.
+    Environments of a domain act in one batch where their spaces agree, `lanes` a task. With `path`,
+    finished episodes are kept there and a second call goes on from them. Each episode depends on
+    task, seed and index alone. `prompt` is "none", or the "start" or "end" of a demonstration of
+    the task, drawn anew for each episode from `demonstrations(task)`.
     """
     if prompt != "none" and demonstrations is None:
         raise ValueError(f"prompt {prompt!r} needs demonstrations")
@@ -114,15 +114,14 @@ def rollouts(
     asked = old.task.isin(tasks) & (old.seed == seed) & (old["index"] < episodes)
     others, rows = old[~asked].to_dict("records"), old[asked].to_dict("records")
     finished = {(r["task"], r["index"]) for r in rows}
-    for domain in dict.fromkeys(domains.TASKS[t].domain for t in tasks):
+    unfinished = [t for t in tasks if any((t, i) not in finished for i in range(episodes))]
+    for alike in _batches(unfinished):
         active = []
-        for task in (t for t in tasks if domains.TASKS[t].domain == domain):
+        for task in alike:
             left = [i for i in range(episodes) if (task, i) not in finished]
             for lane in range(min(lanes, len(left))):
                 active.append(_Lane(task, domains.make_env(task), left[lane::lanes]))
-        if not active:
-            continue
-        player = agent.for_domain(domain)
+        player = agent.for_domain(domains.TASKS[alike[0]].domain)
         tokenizer = player.tokenizer(active[0].env)
         active = [lane for lane in active if lane.start(seed, make_prompt)]
         while active:
@@ -147,6 +146,22 @@ def rollouts(
                 yield _table(rows)
     if len(rows) == len(finished):  # nothing was left to play
         yield _table(rows)
+
+
+def _batches(tasks: Sequence[str]) -> list[list[str]]:
+    """Tasks that can act in one batch, together: of one domain and with the same spaces."""
+    batches: list[tuple[tuple[Any, ...], list[str]]] = []
+    for task in tasks:
+        env = domains.make_env(task)
+        kind = (domains.TASKS[task].domain, env.observation_space, env.action_space)
+        env.close()
+        for known, members in batches:
+            if known == kind:
+                members.append(task)
+                break
+        else:
+            batches.append((kind, [task]))
+    return [members for _, members in batches]
 
 
 def _read_episodes(path: str | os.PathLike | None) -> pd.DataFrame:

@@ -719,6 +719,19 @@ def test_rollouts_are_reproducible_and_resume(tmp_path, agent, demonstrations):
         next(evaluation.rollouts(agent, tasks, 1, 0, path, **kwargs))
 
 
+def test_tasks_of_a_domain_with_other_spaces_act_in_batches_of_their_own(agent):
+    tasks = ("sokoban/8x8-2", "dmlab/Sign", "dmlab/OneRoom", "sokoban/10x10-4", "dmlab/Hallway")
+    assert evaluation._batches(tasks) == [
+        ["sokoban/8x8-2"],
+        ["dmlab/Sign"],
+        ["dmlab/OneRoom", "dmlab/Hallway"],
+        ["sokoban/10x10-4"],
+    ]
+    long = Agent(NETWORK, agent.params, agent.text, 120)
+    played = last(evaluation.rollouts(long, ("dmlab/Sign", "dmlab/MazeS2"), 1, 0, lanes=1))
+    assert played.task.tolist() == ["dmlab/MazeS2", "dmlab/Sign"] and (played.steps > 0).all()
+
+
 def test_normalized_score():
     assert evaluation.normalized_score(5.0, 0.0, 10.0) == 0.5
     assert evaluation.normalized_score(-5.0, 0.0, 10.0) == -0.5
