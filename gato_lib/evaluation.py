@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,10 @@ class _Lane:
     history: History | None = None
     rewards: list[float] = dataclasses.field(default_factory=list)
     success: bool = False
+
+    @property
+    def spaces(self) -> tuple[Any, Any]:
+        return self.env.observation_space, self.env.action_space
 
     def start(self, seed: int, make_prompt: Callable) -> bool:
         """Begin the next episode; False where none is left."""
@@ -114,14 +118,8 @@ def rollouts(
     asked = old.task.isin(tasks) & (old.seed == seed) & (old["index"] < episodes)
     others, rows = old[~asked].to_dict("records"), old[asked].to_dict("records")
     finished = {(r["task"], r["index"]) for r in rows}
-    unfinished = [t for t in tasks if any((t, i) not in finished for i in range(episodes))]
-    for alike in _batches(unfinished):
-        active = []
-        for task in alike:
-            left = [i for i in range(episodes) if (task, i) not in finished]
-            for lane in range(min(lanes, len(left))):
-                active.append(_Lane(task, domains.make_env(task), left[lane::lanes]))
-        player = agent.for_domain(domains.TASKS[alike[0]].domain)
+    for active in _batches(tasks, lanes, episodes, finished):
+        player = agent.for_domain(domains.TASKS[active[0].task].domain)
         tokenizer = player.tokenizer(active[0].env)
         active = [lane for lane in active if lane.start(seed, make_prompt)]
         while active:
@@ -148,20 +146,22 @@ def rollouts(
         yield _table(rows)
 
 
-def _batches(tasks: Sequence[str]) -> list[list[str]]:
-    """Tasks that can act in one batch, together: of one domain and with the same spaces."""
-    batches: list[tuple[tuple[Any, ...], list[str]]] = []
-    for task in tasks:
-        env = domains.make_env(task)
-        kind = (domains.TASKS[task].domain, env.observation_space, env.action_space)
-        env.close()
-        for known, members in batches:
-            if known == kind:
-                members.append(task)
-                break
-        else:
-            batches.append((kind, [task]))
-    return [members for _, members in batches]
+def _batches(
+    tasks: Sequence[str], lanes: int, episodes: int, finished: Container[tuple[str, int]]
+) -> Iterator[list[_Lane]]:
+    """Lanes that can act in one batch, together: of one domain and with the same spaces."""
+    for domain in dict.fromkeys(domains.TASKS[t].domain for t in tasks):
+        batches: list[list[_Lane]] = []
+        for task in (t for t in tasks if domains.TASKS[t].domain == domain):
+            left = [i for i in range(episodes) if (task, i) not in finished]
+            for first in range(min(lanes, len(left))):
+                lane = _Lane(task, domains.make_env(task), left[first::lanes])
+                alike = next((b for b in batches if b[0].spaces == lane.spaces), None)
+                if alike is None:
+                    batches.append([lane])
+                else:
+                    alike.append(lane)
+        yield from batches
 
 
 def _read_episodes(path: str | os.PathLike | None) -> pd.DataFrame:

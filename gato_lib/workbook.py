@@ -111,14 +111,10 @@ def select_tasks(pattern: str) -> tuple[str, ...]:
     chosen: list[str] = []
     for name in pattern.split(","):
         name = name.strip()
-        if name == "all":
-            chosen += [
-                t
-                for t in domains.TASKS
-                if t not in domains.HELD_OUT and domains.domain_of(t).installed
-            ]
-        elif name in domains.DOMAINS:
-            chosen += [t for t in domains.DOMAINS[name].tasks if t not in domains.HELD_OUT]
+        if name == "all" or name in domains.DOMAINS:
+            every = (d for d in domains.DOMAINS.values() if d.installed)
+            whole = every if name == "all" else [domains.DOMAINS[name]]
+            chosen += [t for d in whole for t in d.tasks if t not in domains.HELD_OUT]
         elif name in domains.HELD_OUT:
             raise ConfigError(f"{name} is held out: it never enters pretraining")
         elif name in domains.TASKS:
@@ -195,22 +191,20 @@ def collect(run: Run, config: DataConfig, part: tuple[int, int] = (0, 1)) -> Non
     Data cards get the committed references of their tasks: random and expert, with n and 95 %
     intervals. Raises DataError at the end where a task could not be collected.
     """
-    references = read_references(results.COMMITTED / "references.csv")
-    notes = {}
-    for task in set(config.tasks) & set(references.index):
-        known = references.loc[task]
-        notes[task] = {"versions": results.versions(), "n": int(known.n)}
-        for policy in ("random", "expert"):
-            notes[task][f"{policy}_score"] = float(known[policy])
-            notes[task][f"{policy}_interval"] = float(1.96 * known[f"{policy}_se"])
-    progress = Progress()
     wanted = collections(run, config)
     todo = [c for c in wanted if not c.done]
+    notes, size = {}, 0.0
+    references = read_references(results.COMMITTED / "references.csv") if todo else pd.DataFrame()
+    for item in (c for c in todo if c.task in references.index):
+        known = references.loc[item.task]
+        size += item.episodes * bytes_a_step(item.task) * known.steps
+        notes[item.task] = {"versions": results.versions(), "n": int(known.n)}
+        for policy in ("random", "expert"):
+            notes[item.task][f"{policy}_score"] = float(known[policy])
+            notes[item.task][f"{policy}_interval"] = float(1.96 * known[f"{policy}_se"])
     if todo:
-        size = sum(
-            c.episodes * bytes_a_step(c.task) * references.steps.get(c.task, 0) for c in todo
-        )
         print(f"about {size / 1e9:.2g} GB of disk, twice that while a task is merged")
+    progress = Progress()
     for line in collection.collect(wanted, notes=notes, part=part):
         progress(line, done=line.startswith("skipping") or line.endswith("tasks collected"))
 

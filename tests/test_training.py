@@ -721,12 +721,16 @@ def test_rollouts_are_reproducible_and_resume(tmp_path, agent, demonstrations):
 
 def test_tasks_of_a_domain_with_other_spaces_act_in_batches_of_their_own(agent):
     tasks = ("sokoban/8x8-2", "dmlab/Sign", "dmlab/OneRoom", "sokoban/10x10-4", "dmlab/Hallway")
-    assert evaluation._batches(tasks) == [
+    batches = list(evaluation._batches(tasks, 1, 1, set()))
+    assert [[lane.task for lane in batch] for batch in batches] == [
         ["sokoban/8x8-2"],
+        ["sokoban/10x10-4"],
         ["dmlab/Sign"],
         ["dmlab/OneRoom", "dmlab/Hallway"],
-        ["sokoban/10x10-4"],
     ]
+    for batch in batches:
+        for lane in batch:
+            lane.env.close()
     long = Agent(NETWORK, agent.params, agent.text, 120)
     played = last(evaluation.rollouts(long, ("dmlab/Sign", "dmlab/MazeS2"), 1, 0, lanes=1))
     assert played.task.tolist() == ["dmlab/MazeS2", "dmlab/Sign"] and (played.steps > 0).all()
