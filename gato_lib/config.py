@@ -197,6 +197,7 @@ class DataConfig(_Config):
       vocabulary_size: SentencePiece pieces; 32000 is the vendored model, less is trained on the
         run's own text.
       discrete_range: ids of discrete values, as in ModelConfig; the two must agree.
+      imports: data sets recorded elsewhere, each as `importing.Source.text`.
     """
 
     tasks: tuple[str, ...]
@@ -212,13 +213,15 @@ class DataConfig(_Config):
     vocabulary_size: int = 32_000
     discrete_range: str = "shared"
     seed: int = 0
+    imports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "imports", tuple(self.imports))
         object.__setattr__(self, "noise", tuple(float(x) for x in self.noise))
         object.__setattr__(self, "weights", tuple((str(d), float(w)) for d, w in self.weights))
-        self._require(len(self.tasks) > 0, "tasks is empty")
+        self._require(len(self.tasks) + len(self.imports) > 0, "there are no tasks and no imports")
         self._require(len(set(self.tasks)) == len(self.tasks), "tasks holds a task twice")
         object.__setattr__(self, "episodes", tuple((str(d), int(n)) for d, n in self.episodes))
         missing = sorted({t.split("/")[0] for t in self.tasks} - {d for d, _ in self.episodes})

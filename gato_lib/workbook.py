@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
@@ -19,12 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import gymnasium as gym
 import jax
 import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
 
-from gato_lib import collection, distributed, domains, results
+from gato_lib import collection, distributed, domains, importing, results
 from gato_lib.agent import Agent
 from gato_lib.checkpoint import Checkpointer, read_meta
 from gato_lib.config import (
@@ -36,7 +38,7 @@ from gato_lib.config import (
     source_digest,
 )
 from gato_lib.embedding import check_text
-from gato_lib.episodes import Episode, flatten, is_text
+from gato_lib.episodes import DataError, Episode, flatten, is_text
 from gato_lib.evaluation import read_references, rollouts
 from gato_lib.files import write_bytes, write_text
 from gato_lib.mixture import Mixture, build_group, mixture_weights
@@ -103,11 +105,13 @@ class Run:
 def select_tasks(pattern: str) -> tuple[str, ...]:
     """Task ids from "all", "small", or a comma-separated list of ids and domains.
 
-    "all" is every task that is installed and not held out; "small" is two. Raises ConfigError for
-    an unknown name or a held-out task.
+    "all" is every task that is installed and not held out; "small" is two; "" is none. Raises
+    ConfigError for an unknown name or a held-out task.
     """
     if pattern == "small":
         return SMALL_TASKS
+    if not pattern.strip():
+        return ()
     chosen: list[str] = []
     for name in pattern.split(","):
         name = name.strip()
@@ -150,14 +154,27 @@ def episodes_by_domain(text: str, tasks: Sequence[str]) -> tuple[tuple[str, int]
     return tuple((d, counts.get(d) or counts["others"]) for d in present)
 
 
-def data_config(tasks: str, episodes: str, noise: str, mixture: str, **settings: Any) -> DataConfig:
+def data_config(
+    tasks: str,
+    episodes: str,
+    noise: str,
+    mixture: str,
+    imports: Sequence[dict[str, Any]] = (),
+    **settings: Any,
+) -> DataConfig:
     """Data settings from a notebook's parameters, with the texts among them taken apart."""
     chosen = select_tasks(tasks)
+    sources = [importing.Source.parse(fields) for fields in imports]
+    names = [s.name for s in sources]
+    for name in names:
+        if name in domains.DOMAINS or names.count(name) > 1:
+            raise ConfigError(f"imports: the name {name!r} is taken")
     return DataConfig(
         tasks=chosen,
         episodes=episodes_by_domain(episodes, chosen),
         noise=tuple(float(x) for x in noise.split(",")),
-        weights=mixture_weights(mixture, sorted({t.split("/")[0] for t in chosen})),
+        weights=mixture_weights(mixture, sorted({t.split("/")[0] for t in chosen} | set(names))),
+        imports=tuple(s.text for s in sources),
         **settings,
     )
 
@@ -183,13 +200,15 @@ class Prepared:
     mixture: Mixture
     text: TextTokenizer | None
     cards: list[dict[str, Any]]  # one data card a task
+    content: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of what is imported
 
 
 def collect(run: Run, config: DataConfig, part: tuple[int, int] = (0, 1)) -> None:
-    """Collect what `config` asks for and what is missing, or a machine's part. Prints progress.
+    """Collect and import what `config` asks for and what is missing. Prints progress.
 
-    Data cards get the committed references of their tasks: random and expert, with n and 95 %
-    intervals. Raises DataError at the end where a task could not be collected.
+    `part` (i, n) is one of n machines' share: it imports nothing. Data cards get the committed
+    references of their tasks: random and expert, with n and 95 % intervals. What could not be
+    collected or imported, and why, is in the DataError at the end; the rest is there.
     """
     wanted = collections(run, config)
     todo = [c for c in wanted if not c.done]
@@ -204,9 +223,25 @@ def collect(run: Run, config: DataConfig, part: tuple[int, int] = (0, 1)) -> Non
             notes[item.task][f"{policy}_interval"] = float(1.96 * known[f"{policy}_se"])
     if todo:
         print(f"about {size / 1e9:.2g} GB of disk, twice that while a task is merged")
-    progress = Progress()
-    for line in collection.collect(wanted, notes=notes, part=part):
-        progress(line, done=line.startswith("skipping") or line.endswith("tasks collected"))
+    progress, problems = Progress(), []
+    try:
+        for line in collection.collect(wanted, notes=notes, part=part):
+            progress(line, done=line.startswith("skipping") or line.endswith("tasks collected"))
+    except DataError as error:
+        problems.append(str(error))
+    for source in sources(config) if part == (0, 1) else ():
+        try:
+            importing.convert(source, str(run.data), progress)
+        except DataError as error:
+            progress(f"skipping {source.name}: {error}", done=True)
+            problems.append(f"not imported: {error}")
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def sources(config: DataConfig) -> list[importing.Source]:
+    """The data sets that `config` imports."""
+    return [importing.Source.load(text) for text in config.imports]
 
 
 def bytes_a_step(task: str) -> int:
@@ -228,30 +263,47 @@ def prepare(run: Run, config: DataConfig) -> Prepared:
     with distributed.writer_first("collect"):
         if distributed.is_writer():
             collect(run, config)
-    episodes: dict[str, list[Episode]] = {}
+    episodes: dict[str, Sequence[Episode]] = {}
+    spaces: dict[str, tuple[gym.Space, gym.Space]] = {}
     cards = []
     for number, item in enumerate(wanted):
         progress(f"reading {item.task} ({number + 1} of {len(wanted)})")
         episodes[item.task], card = collection.load(item)
+        env = domains.make_env(item.task)
+        spaces[item.task] = env.observation_space, env.action_space
+        env.close()
+        cards.append(card)
+    for source in sources(config):
+        recording, card = importing.load(source, str(run.data))
+        episodes[card["task"]] = recording.episodes
+        spaces[card["task"]] = recording.observation_space, recording.action_space
         cards.append(card)
     with distributed.writer_first("text"):
         text = _text_tokenizer(run, config, episodes)
     groups: dict[str, dict[str, list[TokenSequence]]] = {}
+    content = {}
     for (task, kept), card in zip(episodes.items(), cards, strict=True):
-        env = domains.make_env(task)
-        tokenizer = Tokenizer(env.observation_space, env.action_space, text, config.discrete_range)
-        env.close()
-        tokens = [tokenizer.episode(e) for e in kept]
-        groups.setdefault(domains.TASKS[task].domain, {})[task] = tokens
+        tokenizer = Tokenizer(*spaces[task], text, config.discrete_range)
+        try:
+            tokens = [tokenizer.episode(e) for e in kept]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{task}: {error}") from error
+        name = task.split("/")[0]
+        groups.setdefault(name, {})[task] = tokens
         card["steps"] = sum(s.steps for s in tokens)
         card["tokens"] = sum(map(len, tokens))
+        if "source" in card:
+            digest = hashlib.sha256()
+            for s in tokens:
+                digest.update(s.ids.tobytes() + s.patches.tobytes())
+            content[name] = digest.hexdigest()[:8]
     mixture = Mixture([build_group(n, s, config) for n, s in groups.items()], config)
-    progress(f"{len(wanted)} tasks ready", done=True)
-    return Prepared(mixture, text, cards)
+    progress(f"{len(episodes)} tasks ready", done=True)
+    return Prepared(mixture, text, cards, content)
 
 
 def _text_tokenizer(
-    run: Run, config: DataConfig, episodes: dict[str, list[Episode]]
+    run: Run, config: DataConfig, episodes: dict[str, Sequence[Episode]]
 ) -> TextTokenizer:
     """The vendored 32,000 pieces, or a small model trained on the run's own instructions."""
     if config.vocabulary_size == 32_000:
@@ -303,6 +355,8 @@ def train_agent(
     code = source_digest(*TRAINING_CODE)
     meta = {"model": model.to_dict(), "train": config.to_dict(), "data": data.to_dict()}
     meta["lengths"] = {group.name: group.length for group in prepared.mixture.groups}
+    if prepared.content:  # what is imported may change under the same name
+        meta["content"] = prepared.content
     digest = "".join([c.digest()[:4] for c in (model, config, data)] + [code[:4]])
     folder = run.agents / f"{name}-{digest}"
     checkpointer = Checkpointer(folder, meta | {"code": code})

@@ -74,6 +74,7 @@ ORDER = (
     "domains",
     "collection",
     "sequence",
+    "importing",
     "mixture",
     "embedding",
     "attention",
@@ -133,6 +134,9 @@ def test_imports_go_in_one_direction(path):
 def test_third_party_imports_are_declared():
     procgen = REPOSITORY / "experiments" / "procgen-requirements.txt"  # optional, `make procgen`
     lines = project()["dependencies"]
+    lines += [
+        line for extra in ("lerobot", "rlds") for line in project()["optional-dependencies"][extra]
+    ]
     lines += [line for line in procgen.read_text().splitlines() if "==" in line]
     declared = {line.split("==")[0].split("[")[0].lower().replace("_", "-") for line in lines}
     providers = importlib.metadata.packages_distributions()

@@ -156,7 +156,7 @@ def test_committed_rows_are_tidy():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ()}, "tasks is empty"),
+        ({"tasks": ()}, "there are no tasks and no imports"),
         ({"episodes": (("metaworld", 3),)}, r"no number for \['babyai'\]"),
         ({"prompt_fraction": 1.5}, "prompt_fraction"),
         ({"vocabulary_size": 50_000}, "vocabulary_size is 50000"),
