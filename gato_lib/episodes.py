@@ -375,9 +375,13 @@ def write_minari(
             data_format="arrow",
             jpeg_encoding=False,
         )
+        # Minari would walk the whole folder for its size after every episode.
+        measure, storage.get_size = storage.get_size, lambda: 0.0
         storage.update_episodes(buffers)
+        storage.get_size = measure
         storage.update_metadata(
             {
+                "dataset_size": storage.get_size(),
                 "dataset_id": f"gato/{folder.name}-v0",
                 "minari_version": minari.__version__,
                 "gato": json.dumps(metadata, sort_keys=True),
