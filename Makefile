@@ -3,8 +3,8 @@
 
 SHELL := bash
 PRESET ?= laptop
-# The other notebooks say nothing about the ablation.
-NOTEBOOK ?= $(if $(filter ablation,$(PRESET)),16_ablations)
+# Two presets are about one notebook.
+NOTEBOOK ?= $(if $(filter ablation,$(PRESET)),16_ablations)$(if $(filter distillation,$(PRESET)),02_datasets)
 
 # Command-line variables do not reach $(shell) by themselves in older makes.
 ENVIRONMENT := $(shell GATO_ENV='$(GATO_ENV)' USE_CONDA='$(USE_CONDA)' bash experiments/setup.sh --where)

@@ -10,12 +10,13 @@ disk: copy their folders `experiments/runs/<preset>/data/*.shards` into one befo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 
 import run as driver
 
 from gato_lib import workbook
-from gato_lib.config import ConfigError
+from gato_lib.config import ConfigError, DataConfig
 from gato_lib.episodes import DataError
 
 NOTEBOOK = "02_datasets"
@@ -38,9 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="I/N")
     args = parser.parse_args(arguments)
     try:
+        wanted = {"mixture", *(field.name for field in dataclasses.fields(DataConfig))}
         settings = driver.all_parameters(NOTEBOOK, args.preset)
-        for name in ("preset", "run_dir"):
-            settings.pop(name)
+        settings = {name: value for name, value in settings.items() if name in wanted}
         run = workbook.Run.at(args.run_dir, args.preset)
         workbook.collect(run, workbook.data_config(**settings), args.shard)
     except (driver.UserError, ConfigError, DataError) as error:

@@ -425,23 +425,24 @@ class Run:
         values = {r["metric"]: float(r["value"]) for r in rows}
         return ", ".join(f"{metric} {value:.4g}" for metric, value in list(values.items())[:3])
 
-    def publish(self) -> list[str]:
+    def publish(self, names: Sequence[str] = ()) -> list[str]:
         """Copy what the preset publishes to where git keeps it: all of it, or NotebookError.
 
+        With `names`, of a preset that publishes notebooks: their outputs, and what files there are.
         A notebook's cells stay as they are in the source, smoke-sized defaults included; only
         outputs and execution counts come from the run.
         """
-        files = {}
+        files, whole = {}, not names or "notebooks" not in self.publishes
         for pattern in self.publishes:
             if pattern != "notebooks":
                 found = sorted(p for p in self.folder.glob(pattern) if _is_publishable(p))
-                if not found:
+                if whole and not found:
                     raise NotebookError(f"published nothing: the run wrote no {pattern}")
                 files |= {f"{PUBLISHED[p.parent.name]}/{p.name}": p for p in found}
         for target, path in files.items():
             _write(ROOT / target, path.read_bytes())
         done = list(files)
-        for notebook in self.table.values():
+        for notebook in [self.table[name] for name in names or self.table]:
             if notebook.commit_outputs and "notebooks" in self.publishes:
                 source = nbformat.read(notebook.path, 4)
                 executed = _code_cells(self.folder / "notebooks" / f"{notebook.name}.ipynb")
@@ -494,8 +495,6 @@ def plan(options: argparse.Namespace) -> tuple[Run, list[str], list[str]]:
         raise UserError(f"--publish: {where} has no list 'publishes': there is nothing to publish")
     if options.publish and options.set:
         raise UserError("--publish takes a preset as it is: leave out --set")
-    if options.publish and options.notebook and "notebooks" in publishes:
-        raise UserError("--publish takes the whole workbook here: leave out --notebook")
     asked = options.notebook or list(table)
     wanted = set(asked)
     for name in reversed(table):
@@ -620,7 +619,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             forced = asked if options.force or options.distributed else ()
             run_all(run, options.preset, names, forced)
             if options.publish:
-                done = run.publish()
+                done = run.publish(names if options.notebook else ())
                 print(f"published {len(done)} files: {', '.join(done)}")
     except UserError as error:
         print(f"run.py: {error}", file=sys.stderr)

@@ -41,8 +41,16 @@ from gato_lib.embedding import check_text
 from gato_lib.episodes import DataError, Episode, flatten, is_text
 from gato_lib.evaluation import read_references, rollouts
 from gato_lib.files import write_bytes, write_text
-from gato_lib.mixture import Mixture, build_group, mixture_weights
-from gato_lib.sequence import MODALITIES, Tokenizer, TokenSequence
+from gato_lib.mixture import PAPER_WEIGHTS, Mixture, build_group, mixture_weights
+from gato_lib.sequence import (
+    IMAGE,
+    MODALITIES,
+    Tokenizer,
+    TokenSequence,
+    as_images,
+    image_layout,
+    space_kind,
+)
 from gato_lib.tokenizers import TextTokenizer, train_text_tokenizer
 from gato_lib.training import Metrics, initial_state, train
 
@@ -63,6 +71,7 @@ TRAINING_CODE = tuple(
         "training",
     )
 )
+ASSETS = pathlib.Path(__file__).parent / "assets"
 SMALL_TASKS = ("babyai/GoToObj", "metaworld/drawer-close")
 
 
@@ -254,6 +263,40 @@ def bytes_a_step(task: str) -> int:
         for leaf in leaves
     ]
     return sum(sizes)
+
+
+def paper_table1() -> pd.DataFrame:
+    """The paper's Table 1 by domain: name, weight, tasks, episodes, tokens.
+
+    Of text and images it gives only the weight; the others are NaN.
+    """
+    names = pd.DataFrame.from_dict(PAPER_WEIGHTS, orient="index", columns=["name", "weight"])
+    return names.join(pd.read_csv(ASSETS / "paper_table1.csv", index_col="domain"))
+
+
+# Whichever a scene has of these shows most of it.
+CAMERAS = ("topview", "front_close", "side", "track", "tracking_x", "lookat", "back", "fixed")
+
+
+def picture(task: str, seed: int = 0, size: int = 128) -> np.ndarray:
+    """What an episode of the task begins with, uint8 (H, W, 3): as the agent sees it if it does."""
+    env = domains.make_env(task)
+    observation, _ = env.reset(seed=seed)
+    for key, space in flatten(env.observation_space).items():
+        if space_kind(space) == IMAGE:
+            image = as_images(flatten(observation)[key][None], image_layout(space))[0]
+            break
+    else:
+        from gato_lib.domains.rendering import Renderer
+
+        model = env.unwrapped.model
+        names = [model.camera(i).name for i in range(model.ncam)]
+        camera = next((name for name in CAMERAS if name in names), -1)
+        renderer = Renderer(model, size, camera)
+        image = renderer(env.unwrapped.data)
+        renderer.close()
+    env.close()
+    return image
 
 
 def prepare(run: Run, config: DataConfig) -> Prepared:

@@ -170,7 +170,11 @@ def test_presets_fit_their_notebooks(preset):
 
 def test_what_presets_publish():
     published = {preset: driver.load_publishes(preset) for preset in PRESETS}
-    assert {preset for preset, patterns in published.items() if patterns} == {"laptop", "ablation"}
+    assert {preset for preset, patterns in published.items() if patterns} == {
+        "laptop",
+        "ablation",
+        "distillation",
+    }
     assert "notebooks" in published["laptop"] and "notebooks" not in published["ablation"]
     rows = pathlib.PurePath("results/16_ablations.csv")
     assert [p for p in published["laptop"] if rows.match(p)] == []
@@ -342,7 +346,6 @@ def workbook(tmp_path):
         (["--set", "steps"], None, ["--set steps", "KEY=VALUE"]),
         (["--notebook", "first", "--set", "stepps=3"], None, ["'stepps'", "did you mean steps"]),
         (["--notebook", "first", "--set", "rate=1e-4"], None, ["rate", "write 0.0001"]),
-        (["--publish", "--notebook", "first"], None, ["--publish takes the whole workbook"]),
         (["--publish", "--set", "steps=3"], ROWS_ONLY, ["--publish", "leave out --set"]),
         (["--publish"], "shared: {preset: tiny}", ["tiny.yaml has no list 'publishes'"]),
         ([], "publishes: notebooks", ["tiny.yaml: publishes: expected a list"]),
@@ -558,6 +561,13 @@ def test_publishing_after_some_notebooks(workbook, capsys):
     assert workbook.main("--publish", "--notebook", "first") == 1
     assert "the run wrote no figures/never.*" in capsys.readouterr().err
     assert not (workbook.root / "experiments/results").exists()
+    # Of a preset that publishes notebooks too, those asked for, and what files there are.
+    workbook.preset("publishes: [results/f*.csv, figures/never.*, notebooks]")
+    source = workbook.root / "notebooks/first.ipynb"
+    (workbook.folder / "notebooks/first.ipynb").write_bytes(source.read_bytes())
+    assert workbook.main("--publish", "--notebook", "first") == 0
+    assert "results/first.csv, notebooks/first.ipynb" in capsys.readouterr().out
+    source.write_bytes(before)
     workbook.preset("publishes: [results/f*.csv]")
     assert workbook.main("--publish", "--notebook", "first") == 0
     assert "published 1 files: experiments/results/first.csv" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -36,6 +37,30 @@ def test_episodes_by_domain():
     for text in ("baby 8", "babyai eight", "babyai 0", "babyai 1, babyai 2", "8", ""):
         with pytest.raises(ConfigError, match="expected, once each, a number behind one of babyai"):
             parse(text, tasks)
+
+
+def test_the_papers_table_1():
+    table = workbook.paper_table1()
+    assert len(table) == 24 and table.tasks.count() == 16
+    assert table.tasks.sum() == 596  # as printed
+    assert table.weight.sum() == pytest.approx(99.93)  # and 100 is not
+    assert table.episodes.sum() == pytest.approx(63e6, rel=0.01)
+    assert table.tokens.sum() == pytest.approx(1.61e12, rel=0.01)  # printed: 1.5 T
+    assert set(domains.DOMAINS) <= set(table.index)
+    assert table.loc["babyai"].to_dict() == {
+        "name": "BabyAI", "weight": 9.06, "tasks": 46, "episodes": 4.61e6, "tokens": 22.8e9,
+    }  # fmt: skip
+
+
+def test_pictures_of_tasks_that_are_seen_and_that_are_not():
+    seen = workbook.picture("sokoban/8x8-2", seed=3)
+    env = domains.make_env("sokoban/8x8-2")
+    np.testing.assert_array_equal(seen, env.reset(seed=3)[0]["image"])
+    for task in ("metaworld/reach", "dmc/cartpole-balance"):
+        image = workbook.picture(task, size=32)
+        assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20  # something can be seen
+        np.testing.assert_array_equal(image, workbook.picture(task, size=32))
 
 
 def test_a_tiny_agent_is_for_smoke_runs_only(tmp_path):

@@ -21,6 +21,7 @@ _MODULES = (
     "atari",
     "dmlab",
     "sokoban",
+    "manipulation",
     "rgb_stacking",
     "procgen",
 )
