@@ -21,6 +21,7 @@ _MODULES = (
     "atari",
     "dmlab",
     "sokoban",
+    "modular_rl",
     "manipulation",
     "rgb_stacking",
     "procgen",

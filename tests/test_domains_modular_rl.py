@@ -1,0 +1,198 @@
+"""Modular RL: limbs removed and nothing else changed, seeds, and the planner."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+
+from gato_lib.domains import modular_rl
+
+(DOMAIN,) = modular_rl.DOMAINS
+NAMES = list(modular_rl.BODIES)
+
+
+def play(env: gym.Env, seed: int | None, steps: int = 15):
+    """Observations and rewards of random actions, the same ones each time."""
+    rng = np.random.default_rng(0)
+    observations, rewards = [env.reset(seed=seed)[0]], []
+    for _ in range(steps):
+        action = rng.uniform(env.action_space.low, env.action_space.high).astype(np.float32)
+        observation, reward, terminated, *_ = env.step(action)
+        observations.append(observation)
+        rewards.append(reward)
+        if terminated:
+            break
+    return np.stack(observations), np.array(rewards)
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def lowest(env: gym.Env) -> float:
+    """Height of the body's lowest point, of capsules and spheres."""
+    model, data = env.unwrapped.model, env.unwrapped.data
+    mujoco.mj_resetData(model, data)
+    mujoco.mj_forward(model, data)
+    ends = []
+    for i in range(model.ngeom):
+        if model.geom_type[i] == mujoco.mjtGeom.mjGEOM_PLANE:
+            continue
+        half = model.geom_size[i, 1] if model.geom_type[i] == mujoco.mjtGeom.mjGEOM_CAPSULE else 0
+        along = abs(data.geom_xmat[i].reshape(3, 3)[2, 2])
+        ends.append(data.geom_xpos[i, 2] - half * along - model.geom_size[i, 0])
+    return min(ends)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeps_the_bodies_of_the_table(name):
+    """They are connected, and every joint but the root's three has its motor."""
+    model = DOMAIN.make_env(name).unwrapped.model
+    bodies = [model.body(i).name for i in range(1, model.nbody)]
+    assert bodies[0] == "torso" and sorted(bodies[1:]) == sorted(modular_rl.BODIES[name])
+    assert str(len(bodies)) in name.split("_")
+    for i in range(2, model.nbody):
+        assert model.body(model.body_parentid[i]).name in bodies
+    joints = [model.joint(i).name for i in range(model.njnt)]
+    assert joints[:3] == ["rootx", "rootz", "rooty"]
+    motors = [model.joint(model.actuator_trnid[i, 0]).name for i in range(model.nu)]
+    assert sorted(motors) == sorted(joints[3:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spaces_match_the_model(name):
+    env = DOMAIN.make_env(name)
+    model = env.unwrapped.model
+    assert env.action_space.shape == (model.nu,) and env.action_space.dtype == np.float32
+    assert env.observation_space.shape == (model.nq + model.nv - 1,)
+    observations, _ = play(env, seed=3)
+    assert all(env.observation_space.contains(observation) for observation in observations)
+
+
+def test_morphologies_differ_in_size():
+    shapes = {DOMAIN.make_env(name).action_space.shape for name in NAMES}
+    assert len(NAMES) >= 8 and len(shapes) >= 6
+
+
+@pytest.mark.parametrize(
+    "name, env_id", [("walker_7_full", "Walker2d-v5"), ("hopper_4_full", "Hopper-v5")]
+)
+def test_full_body_is_gymnasiums_own(name, env_id):
+    env = DOMAIN.make_env(name)
+    assert env.spec.max_episode_steps == gym.spec(env_id).max_episode_steps == modular_rl.STEPS
+    for seed in range(3):
+        assert_same(play(env, seed, 100), play(gym.make(env_id), seed, 100))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_starts_on_the_ground_and_healthy(name):
+    """At the height at which the full body starts, however short the legs."""
+    full = next(n for n in NAMES if n.split("_")[0] == name.split("_")[0])
+    env = DOMAIN.make_env(name)
+    assert lowest(env) == pytest.approx(lowest(DOMAIN.make_env(full)), abs=1e-3)
+    observation, _ = env.reset(seed=0)
+    assert env.unwrapped.is_healthy
+    assert observation[0] == pytest.approx(modular_rl.height(name), abs=0.01)
+    assert 0 < modular_rl.least(name) < 0.75 * modular_rl.height(name)
+
+
+def test_ends_when_the_body_falls():
+    env = DOMAIN.make_env("walker_3_no_shins")
+    env.reset(seed=0)
+    for _ in range(modular_rl.STEPS):
+        *_, terminated, truncated, _ = env.step(env.action_space.high)
+        if terminated:
+            break
+    assert terminated and not truncated
+
+
+@pytest.mark.parametrize(
+    "name", ["walker_6_no_left_foot", "hopper_4_full", "humanoid_2d_9_no_arms"]
+)
+def test_seed_fixes_the_episode(name):
+    env = DOMAIN.make_env(name)
+    first = play(env, seed=5)
+    play(env, seed=None)
+    other = play(env, seed=6)
+    assert (first[0][0] != other[0][0]).any()
+    assert_same(first, play(env, seed=5))
+    assert_same(first, play(DOMAIN.make_env(name), seed=5))
+
+
+def test_humanoid_moves_in_a_plane():
+    env = DOMAIN.make_env("humanoid_2d_13_full")
+    play(env, seed=0)
+    model, data = env.unwrapped.model, env.unwrapped.data
+    sideways = data.xpos[:, 1].copy()
+    mujoco.mj_resetData(model, data)
+    mujoco.mj_forward(model, data)
+    np.testing.assert_allclose(sideways, data.xpos[:, 1], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["walker_4_no_left_leg", "walker_5_no_right_shin"])
+def test_reach_is_where_the_longest_leg_ends(name):
+    env = DOMAIN.make_env(name)
+    env.reset(seed=0)
+    model, data = env.unwrapped.model, env.unwrapped.data
+    data.qpos[:] = np.random.default_rng(0).uniform(-0.8, 0.8, model.nq)
+    mujoco.mj_forward(model, data)
+    side = "_left" if name == "walker_5_no_right_shin" else ""
+    shin = data.body(f"leg{side}")
+    end = shin.xpos - 0.25 * shin.xmat.reshape(3, 3)[:, 2]
+    reach = modular_rl._reach(data.qpos, modular_rl._legs(name))
+    assert reach == pytest.approx(end[0] - data.body("torso").xpos[0])
+
+
+def rollout(env: gym.Env, expert, seed: int, steps: int):
+    observation, _ = env.reset(seed=seed)
+    expert.reset(env)
+    action, actions, total = None, [], 0.0
+    for _ in range(steps):
+        action = expert.act(observation, action)
+        assert env.action_space.contains(action)
+        actions.append(action)
+        observation, reward, terminated, *_ = env.step(action)
+        total += reward
+        if terminated:
+            break
+    return total, np.stack(actions)
+
+
+def test_expert_stays_up_where_random_falls():
+    name, steps = "walker_3_no_shins", 120
+    env, expert = DOMAIN.make_env(name), DOMAIN.make_expert(name)
+    total, actions = rollout(env, expert, seed=1, steps=steps)
+    assert len(actions) == steps
+    assert total > 2 * play(env, seed=1, steps=steps)[1].sum()
+
+
+def test_expert_plays_an_episode_the_same_way_again():
+    env, expert = DOMAIN.make_env("walker_7_full"), DOMAIN.make_expert("walker_7_full")
+    first = rollout(env, expert, seed=2, steps=10)
+    model = env.unwrapped.model
+    assert model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4  # the planner's alone is coarse
+    rollout(env, expert, seed=3, steps=10)
+    again = rollout(env, expert, seed=2, steps=10)
+    assert first[0] == again[0]
+    np.testing.assert_array_equal(first[1], again[1])
+
+
+def test_a_fall_ends_what_the_planner_hopes_for():
+    """After it nothing counts, even if the body were to rise again."""
+    from gato_lib.domains.planning import Trajectories
+
+    qpos = np.zeros((1, 4, 9))
+    qpos[..., 1] = 1.25
+    qpos[0, 1, 1] = 0.5
+    blank = np.zeros((1, 4, 9))
+    t = Trajectories(None, qpos=qpos, qvel=blank, sensordata=blank, control=blank)
+    np.testing.assert_array_equal(modular_rl._ahead(t, "walker_7_full"), [[1, 0, 0, 0]])
+
+
+def test_declares_what_decides_the_data():
+    assert DOMAIN.name == "modular_rl" and {"modular_rl.py", "planning.py"} == set(DOMAIN.sources)
+    assert list(DOMAIN.tasks) == [f"modular_rl/{name}" for name in NAMES]
+    assert set(modular_rl._STYLES) <= set(NAMES)
