@@ -90,7 +90,7 @@ class Source:
         if type(source.image) is not int or source.image < 0 or source.image % PATCH:
             raise ConfigError(f"{text}: image is a multiple of {PATCH}")
         if not source.where or not isinstance(source.where, str):
-            raise ConfigError(f"{text}: {source.kind} is a folder{' or an id' * (not kinds)}")
+            raise ConfigError(f"{text}: {source.kind} is no folder and no id")
         return source
 
     @classmethod

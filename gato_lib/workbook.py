@@ -173,8 +173,11 @@ def data_config(
 ) -> DataConfig:
     """Data settings from a notebook's parameters, with the texts among them taken apart."""
     chosen = select_tasks(tasks)
-    sources = [importing.Source.parse(fields) for fields in imports]
-    names = [s.name for s in sources]
+    found = [importing.Source.parse(fields) for fields in imports]
+    for i, source in enumerate(found):  # a folder may be given from the repository on
+        if (folder := results.REPOSITORY / source.where).is_dir():
+            found[i] = dataclasses.replace(source, where=str(folder))
+    names = [s.name for s in found]
     for name in names:
         if name in domains.DOMAINS or names.count(name) > 1:
             raise ConfigError(f"imports: the name {name!r} is taken")
@@ -183,7 +186,7 @@ def data_config(
         episodes=episodes_by_domain(episodes, chosen),
         noise=tuple(float(x) for x in noise.split(",")),
         weights=mixture_weights(mixture, sorted({t.split("/")[0] for t in chosen} | set(names))),
-        imports=tuple(s.text for s in sources),
+        imports=tuple(s.text for s in found),
         **settings,
     )
 

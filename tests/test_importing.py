@@ -435,13 +435,18 @@ def test_a_refused_import_does_not_stop_the_others(tmp_path, capsys):
         ({"name": "A b", "minari": "a-v0"}, "lower-case letters"),
         ({"name": "a", "minari": "a-v0", "keys": "state"}, "keys is a list"),
         ({"name": "a", "minari": "a-v0", "image": 50}, "image is a multiple of 16"),
-        ({"name": "a", "minari": ""}, "minari is a folder"),
+        ({"name": "a", "minari": ""}, "minari is no folder and no id"),
         ("minari", "expected name and one of"),
     ],
 )
 def test_mistakes_in_the_parameter(fields, match):
     with pytest.raises(ConfigError, match=match):
         Source.parse(fields)
+
+
+def test_folders_may_be_given_from_the_repository_on():
+    (text,) = settings([{"name": "arm", "lerobot": "tests/data/lerobot_v2"}]).imports
+    assert Source.load(text).where == str(DATA / "lerobot_v2")
 
 
 def test_names_of_imports_are_their_own():
