@@ -578,9 +578,14 @@ def play(
 ) -> pd.DataFrame:
     """Play every task that the agent in `folder` was trained on; prints progress.
 
-    Played episodes are kept beside the agent, so an interrupted evaluation goes on.
+    Played episodes are kept beside the agent, so an interrupted evaluation goes on. Raises
+    ConfigError where it was trained on imports alone, which have no simulator.
     """
     trained = trained_on(folder)
+    if not trained.tasks:
+        raise ConfigError(
+            f"{folder.name}: trained on imported data alone, there is nothing to play"
+        )
     code = source_digest(*TRAINING_CODE, "agent.py", "evaluation.py")
     name = "-".join(["episodes", *map(str, choices.values()), prompt, code])
     total, progress, begin, before = episodes * len(trained.tasks), Progress(), time.time(), None

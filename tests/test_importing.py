@@ -7,6 +7,7 @@ by tensorflow-datasets 4.9.10.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -387,7 +388,7 @@ def settings(imports, **others):
     )
 
 
-def test_imports_are_trained_on_beside_collected_tasks(tmp_path):
+def test_imports_are_trained_on_beside_collected_tasks(tmp_path, monkeypatch):
     run = workbook.Run(tmp_path / "run", "smoke")
     config = settings([{"name": "arm", "lerobot": str(DATA / "lerobot_v2_image")}])
     assert dict(config.weights) == {"arm": 0.5, "metaworld": 0.5}
@@ -401,6 +402,10 @@ def test_imports_are_trained_on_beside_collected_tasks(tmp_path):
     )
     assert set(metrics.domain) <= {"arm", "metaworld"} and metrics.loss.notna().any()
     assert workbook.trained_on(folder).data == config
+    alone = workbook.TrainedOn(dataclasses.replace(config, tasks=()), 6)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="nothing to play"):
+        patch.setattr(workbook, "trained_on", lambda folder: alone)
+        workbook.play(run, folder, 1, 0, lanes=1, prompt="none")
     prepared.content["arm"] = "other"  # the files have changed
     with pytest.raises(Exception, match="settings"):
         workbook.train_agent(
