@@ -428,27 +428,33 @@ class Run:
     def publish(self, names: Sequence[str] = ()) -> list[str]:
         """Copy what the preset publishes to where git keeps it: all of it, or NotebookError.
 
-        With `names`, of a preset that publishes notebooks: their outputs, and what files there are.
+        With `names`, of a preset that publishes notebooks: these, and the files that they declare.
         A notebook's cells stay as they are in the source, smoke-sized defaults included; only
         outputs and execution counts come from the run.
         """
-        files, whole = {}, not names or "notebooks" not in self.publishes
+        out: dict[str, bytes | str] = {}
+        whole = not names or "notebooks" not in self.publishes
+        declared = {
+            pathlib.PurePath(o).with_suffix("") for n in names for o in self.table[n].outputs
+        }
         for pattern in self.publishes:
-            if pattern != "notebooks":
-                found = sorted(p for p in self.folder.glob(pattern) if _is_publishable(p))
-                if whole and not found:
-                    raise NotebookError(f"published nothing: the run wrote no {pattern}")
-                files |= {f"{PUBLISHED[p.parent.name]}/{p.name}": p for p in found}
-        for target, path in files.items():
-            _write(ROOT / target, path.read_bytes())
-        done = list(files)
+            if pattern == "notebooks":
+                continue
+            found = sorted(p for p in self.folder.glob(pattern) if _is_publishable(p))
+            if whole and not found:
+                raise NotebookError(f"published nothing: the run wrote no {pattern}")
+            for path in found:
+                if whole or path.relative_to(self.folder).with_suffix("") in declared:
+                    out[f"{PUBLISHED[path.parent.name]}/{path.name}"] = path.read_bytes()
         for notebook in [self.table[name] for name in names or self.table]:
             if notebook.commit_outputs and "notebooks" in self.publishes:
                 source = nbformat.read(notebook.path, 4)
                 executed = _code_cells(self.folder / "notebooks" / f"{notebook.name}.ipynb")
-                _write(notebook.path, nbformat.writes(_with_outputs(source, executed)) + "\n")
-                done.append(f"notebooks/{notebook.path.name}")
-        return done
+                text = nbformat.writes(_with_outputs(source, executed)) + "\n"
+                out[f"notebooks/{notebook.path.name}"] = text
+        for target, content in out.items():
+            _write(ROOT / target, content)
+        return list(out)
 
 
 def _is_publishable(path: pathlib.Path) -> bool:

@@ -174,8 +174,9 @@ def data_config(
     """Data settings from a notebook's parameters, with the texts among them taken apart."""
     chosen = select_tasks(tasks)
     found = [importing.Source.parse(fields) for fields in imports]
-    for i, source in enumerate(found):  # a folder may be given from the repository on
-        if (folder := results.REPOSITORY / source.where).is_dir():
+    for i, source in enumerate(found):  # a folder may be given from the repository or from ~ on
+        folder = results.REPOSITORY / pathlib.Path(source.where).expanduser()
+        if folder.is_dir():
             found[i] = dataclasses.replace(source, where=str(folder))
     names = [s.name for s in found]
     for name in names:
@@ -341,7 +342,7 @@ def prepare(run: Run, config: DataConfig) -> Prepared:
         if "source" in card:
             digest = hashlib.sha256()
             for s in tokens:
-                digest.update(s.ids.tobytes() + s.patches.tobytes())
+                digest.update(s.ids.tobytes() + s.patch.tobytes() + s.patches.tobytes())
             content[name] = digest.hexdigest()[:8]
     mixture = Mixture([build_group(n, s, config) for n, s in groups.items()], config)
     progress(f"{len(episodes)} tasks ready", done=True)
@@ -401,9 +402,10 @@ def train_agent(
     code = source_digest(*TRAINING_CODE)
     meta = {"model": model.to_dict(), "train": config.to_dict(), "data": data.to_dict()}
     meta["lengths"] = {group.name: group.length for group in prepared.mixture.groups}
+    digest = "".join([c.digest()[:4] for c in (model, config, data)] + [code[:4]])
     if prepared.content:  # what is imported may change under the same name
         meta["content"] = prepared.content
-    digest = "".join([c.digest()[:4] for c in (model, config, data)] + [code[:4]])
+        digest += "".join(prepared.content[name][:4] for name in sorted(prepared.content))
     folder = run.agents / f"{name}-{digest}"
     checkpointer = Checkpointer(folder, meta | {"code": code})
     writer = distributed.is_writer()
@@ -536,7 +538,7 @@ def demonstrations(run: Run, config: DataConfig) -> Callable[[str], list[Episode
     They are collected where they are missing, as after a change of the code that makes them: an
     agent outlives its data.
     """
-    collect(run, config)
+    collect(run, dataclasses.replace(config, imports=()))  # which are never played
     items = {c.task: c for c in collections(run, config)}
     return lambda task: collection.load(items[task])[0]
 
@@ -667,8 +669,7 @@ def run_trials(
     progress, begin = Progress(every=0.0), time.perf_counter()
     trials = sorted(trials, key=lambda t: t.data.digest())
     for config in dict.fromkeys(t.data for t in trials):
-        for _ in collection.collect(collections(run, config)):
-            pass  # before the workers start: they would all collect
+        collect(run, config)  # before the workers start: they would all collect
     with contextlib.ExitStack() as stack:
         if workers == 1:
             outcomes = (run_trial(run, t) for t in trials)
