@@ -20,6 +20,7 @@ from gato_lib.sequence import PATCH, image_layout
 KINDS = ("minari", "lerobot", "rlds")
 MOST_PATCHES = 64  # of an image that is kept as it is
 UNKNOWN_SEED = -1
+INSTRUCTION = "instruction"  # the observation that holds what a recording's task was said to be
 
 
 @dataclasses.dataclass(frozen=True)

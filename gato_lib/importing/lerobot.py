@@ -16,10 +16,17 @@ import numpy as np
 import PIL.Image
 
 from gato_lib.episodes import DataError
-from gato_lib.importing.base import Source, as_image, as_leaf, checked, map_leaves, space_of
+from gato_lib.importing.base import (
+    INSTRUCTION,
+    Source,
+    as_image,
+    as_leaf,
+    checked,
+    map_leaves,
+    space_of,
+)
 
 OBSERVATION = "observation."
-INSTRUCTION = "instruction"
 Rows = dict[str, list[Any]]
 
 
@@ -230,15 +237,10 @@ class _Videos:
         if self._begins is None:
             chunk = episode // int(self._info["chunks_size"])
             return pattern.format(episode_chunk=chunk, video_key=column, episode_index=episode), 0.0
-        row = {
-            k.removeprefix(f"videos/{column}/"): v
-            for k, v in self._begins[episode].items()
-            if k.startswith(f"videos/{column}/")
-        }
-        name = pattern.format(
-            video_key=column, chunk_index=row["chunk_index"], file_index=row["file_index"]
-        )
-        return name, float(row["from_timestamp"])
+        row, at = self._begins[episode], f"videos/{column}"
+        chunk, file = row[f"{at}/chunk_index"], row[f"{at}/file_index"]
+        name = pattern.format(video_key=column, chunk_index=chunk, file_index=file)
+        return name, float(row[f"{at}/from_timestamp"])
 
     def frames(self, episode: int, key: str, column: str, count: int) -> np.ndarray:
         """uint8 (count, H, W, C), a frame for each row; raises DataError where they do not fit."""

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from gato_lib.episodes import DataError, Nested, stack_observations
-from gato_lib.importing.base import Source, as_leaf, checked, map_leaves, space_of
-
-INSTRUCTION = "instruction"
+from gato_lib.importing.base import INSTRUCTION, Source, as_leaf, checked, map_leaves, space_of
 
 
 def read(source: Source) -> Iterator[Any]:
