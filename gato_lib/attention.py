@@ -1,6 +1,6 @@
 """Causal attention with Transformer-XL's relative positions, in several implementations.
 
-Axes: B batch, T query tokens, S key tokens, N heads, H head_dim.
+Axes: B batch, T query tokens, S key tokens, C new tokens, N heads, H head_dim.
 
 All implementations compute the same function, score(i, j) = (q_i + u) k_j + (q_i + v) r_{i-j} for
 keys j <= i, and differ in speed and in what they can run on (`ModelConfig.attention`):
@@ -102,6 +102,34 @@ def attend(
     if implementation == "flash":
         return _flash(q, q_distance, k, v, r, jax.default_backend(), segments)
     raise ConfigError(f"unknown attention {implementation!r}")
+
+
+def attend_cached(
+    q: Float[Array, "B C N H"],
+    q_distance: Float[Array, "B C N H"],
+    k: Float[Array, "B N S H"],
+    v: Float[Array, "B N S H"],
+    r: Float[Array, "N S H"] | None,
+    positions: Int[Array, "B C"],
+) -> Float[Array, "B C N H"]:
+    """`attend` for C new queries a row, at `positions`, over keys of which slot j holds position j.
+
+    Rows may stand at different positions. r is projected features too, but row m is distance m.
+    Slots after a query's position are never seen, so what they hold does not matter.
+    """
+    (b, c, n, h), s = q.shape, k.shape[2]
+    f32 = jnp.float32
+    scores = jnp.einsum("BCNH,BNSH->BNCS", q, k, preferred_element_type=f32)
+    distance = positions[:, :, None] - jnp.arange(s)[None, None]  # B C S
+    if r is not None:
+        by_distance = q_distance.transpose(2, 0, 1, 3).reshape(n, b * c, h)
+        by_distance = jnp.einsum("NXH,NSH->NXS", by_distance, r, preferred_element_type=f32)
+        by_distance = by_distance.reshape(n, b, c, s).swapaxes(0, 1)
+        where = jnp.broadcast_to(jnp.clip(distance, 0, s - 1)[:, None], scores.shape)
+        scores += jnp.take_along_axis(by_distance, where, axis=3)
+    scores = jnp.where((distance >= 0)[:, None], scores * h**-0.5, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("BNCS,BNSH->BCNH", weights, v)
 
 
 def _together(query: Int[Array, "B T"], key: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:

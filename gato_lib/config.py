@@ -198,6 +198,14 @@ class DataConfig(_Config):
         run's own text.
       discrete_range: ids of discrete values, as in ModelConfig; the two must agree.
       imports: data sets recorded elsewhere, each as `importing.Source.text`.
+      documents: sets of text and images (3.2), each a name of `vision_language.SETS` with the
+        number of examples to train on, as in "captions/scenes 2000", or a user's own as
+        `vision_language.importers.Source.text`.
+      document_length: longest sequence of these, in tokens; 0 is `context_length`. Text in them
+        always counts in the loss.
+      question_loss: whether the text of questions does too, by the letter of the paper.
+      blind: whether their images are replaced by plain grey ones: what can be said of images that
+        are never seen.
     """
 
     tasks: tuple[str, ...]
@@ -214,14 +222,20 @@ class DataConfig(_Config):
     discrete_range: str = "shared"
     seed: int = 0
     imports: tuple[str, ...] = ()
+    documents: tuple[str, ...] = ()
+    document_length: int = 0
+    question_loss: bool = True
+    blind: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "tasks", tuple(self.tasks))
+        object.__setattr__(self, "documents", tuple(self.documents))
         object.__setattr__(self, "imports", tuple(self.imports))
         object.__setattr__(self, "noise", tuple(float(x) for x in self.noise))
         object.__setattr__(self, "weights", tuple((str(d), float(w)) for d, w in self.weights))
-        self._require(len(self.tasks) + len(self.imports) > 0, "there are no tasks and no imports")
+        some = len(self.tasks) + len(self.imports) + len(self.documents)
+        self._require(some > 0, "there are no tasks, no imports and no documents")
         self._require(len(set(self.tasks)) == len(self.tasks), "tasks holds a task twice")
         object.__setattr__(self, "episodes", tuple((str(d), int(n)) for d, n in self.episodes))
         missing = sorted({t.split("/")[0] for t in self.tasks} - {d for d, _ in self.episodes})
@@ -230,6 +244,7 @@ class DataConfig(_Config):
         self._require(len(self.noise) > 0 and min(self.noise) >= 0, "noise must be >= 0")
         self._require(all(w > 0 for _, w in self.weights), "weights must be positive")
         self._require(self.context_length > 0, "context_length must be positive")
+        self._require(self.document_length >= 0, "document_length must be >= 0")
         self._require(self.batch_tokens > 0, "batch_tokens must be positive")
         self._require(self.rows_multiple > 0, "rows_multiple must be positive")
         self._require(0 <= self.validation_fraction < 1, "validation_fraction must lie in [0, 1)")

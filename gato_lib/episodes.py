@@ -66,9 +66,12 @@ class Document:
 
     Attributes:
       items: strings, and uint8 images (H, W, 3), (H, W, 1) or (H, W) of any size.
+      given: places of those items, strings, that are asked and not answered: a question's text.
+        They count in the loss like any text, unless a run scores answers alone.
     """
 
     items: tuple[str | np.ndarray, ...]
+    given: tuple[int, ...] = ()
 
 
 def children(tree: Any) -> list[tuple[str, Any]] | None:

@@ -3,6 +3,7 @@
 Batches are of one domain each, chosen by the domains' weights: sequences of one shape need no
 padding to another's. (The paper mixes domains within a batch; README, Deviations.) Where episodes
 are much shorter than the context, several windows are packed into a row and do not see each other.
+Of documents a row is a window of one, and of pairs of image and text it is five pairs (3.2).
 
 Row r of batch i is a function of i, r and the seeds alone. So the position in the data is one
 number, and every process of a run can build the rows that its own devices need.
@@ -25,7 +26,7 @@ from gato_lib.distributed import ALONE, Placement
 from gato_lib.sequence import Batch, TokenSequence, concatenate, make_batch
 
 # Table 1's weights in per cent. The rows as printed sum to 99.93, and are renormalised over what a
-# run has. Keys are our domains; what has no key there yet is what the workbook lacks.
+# run has. Keys are our domains, or stand for one (`STANDS_FOR`); others the workbook lacks.
 PAPER_WEIGHTS: dict[str, tuple[str, float]] = {
     "dmlab": ("DM Lab", 9.35),
     "atari": ("ALE Atari", 9.5),
@@ -53,6 +54,13 @@ PAPER_WEIGHTS: dict[str, tuple[str, float]] = {
     "vqav2": ("VQAv2", 0.67),
 }
 
+# Our domains of text and images, and the paper's sets that each stands for.
+STANDS_FOR: dict[str, tuple[str, ...]] = {
+    "text": ("massive_text",),
+    "captions": ("align", "coco", "conceptual_captions", "ltip"),
+    "vqa": ("okvqa", "vqav2"),
+}
+
 # Share of padding from which rows take further windows: the limit is a tenth, less what a sample of
 # 256 rows may be off.
 PACK_ABOVE = 0.08
@@ -68,10 +76,10 @@ def mixture_weights(text: str, domains: Sequence[str]) -> tuple[tuple[str, float
     if text == "equal":
         weights = dict.fromkeys(domains, 1.0)
     elif text == "paper":
-        unknown = sorted(set(domains) - set(PAPER_WEIGHTS))
+        unknown = sorted(set(domains) - set(PAPER_WEIGHTS) - set(STANDS_FOR))
         if unknown:
             raise ConfigError(f"mixture 'paper': Table 1 has no weight for {unknown}")
-        weights = {d: PAPER_WEIGHTS[d][1] for d in domains}
+        weights = {d: sum(PAPER_WEIGHTS[k][1] for k in STANDS_FOR.get(d, (d,))) for d in domains}
     else:
         try:
             items = [(d, float(w)) for d, w in (item.split() for item in text.split(","))]
@@ -90,6 +98,19 @@ def mixture_weights(text: str, domains: Sequence[str]) -> tuple[tuple[str, float
     return tuple((d, weights[d] / total) for d in sorted(weights))
 
 
+def paper_shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """A mixture's weights by the keys of `PAPER_WEIGHTS`, shared by what a domain stands for.
+
+    Domains that Table 1 does not know are left out.
+    """
+    shares = {}
+    for domain, weight in weights.items():
+        keys = [k for k in STANDS_FOR.get(domain, (domain,)) if k in PAPER_WEIGHTS]
+        total = sum(PAPER_WEIGHTS[k][1] for k in keys)
+        shares |= {k: weight * PAPER_WEIGHTS[k][1] / total for k in keys}
+    return shares
+
+
 @dataclasses.dataclass
 class TaskData:
     """Where one task's episodes lie in its group's sequence, one after another.
@@ -97,6 +118,8 @@ class TaskData:
     Attributes:
       episodes: int64 (E, 2), first and last step (half-open) of each episode.
       held_out: number of episodes, at the end, that are for validation only.
+
+    A document is an episode whose every token is a step.
     """
 
     episodes: np.ndarray
@@ -141,6 +164,9 @@ class Group:
       num_targets: K, of a row.
       num_patches: Q, distinct patches as a rule, by the number of rows that share them.
       packed: whether a row goes on with further windows where one ends early.
+      text_loss: whether text counts in the loss. prompt_fraction: share of windows with a prompt.
+      pairs: documents that make a row, joined and then padded or cropped; 0 is one window.
+      sizes: how often each task is drawn, in proportion; None is all alike.
     """
 
     name: str
@@ -151,6 +177,10 @@ class Group:
     num_targets: int = 0
     num_patches: dict[int, int] = dataclasses.field(default_factory=dict)
     packed: bool = False
+    text_loss: bool = True
+    prompt_fraction: float = 0.0
+    pairs: int = 0
+    sizes: dict[str, int] | None = None
 
     def max_patches(self, rows: int) -> int:
         """Distinct patches that so many rows can hold at most."""
@@ -200,15 +230,56 @@ def build_group(
             longest = max(longest, int((offsets[np.minimum(last, end)] - first).max()))
         step = int(ends[-1])
     group = Group(name, seq, tasks)
+    group.text_loss, group.prompt_fraction = config.text_loss, config.prompt_fraction
     group.length, padding = _best_length(group, config, longest)
     if padding > PACK_ABOVE:
         group.packed = True
         group.length, _ = _best_length(group, config, config.context_length)
     group.batch_size = _batch_size(group.length, config)
-    mask = np.concatenate([[0], np.cumsum(seq.loss_mask(config.text_loss))])
+    mask = np.concatenate([[0], np.cumsum(seq.loss_mask(group.text_loss))])
     per_step = mask[offsets[1:]] - mask[offsets[:-1]]
     # No row holds more targets than its densest steps repeated until the row is full.
     group.num_targets = int(np.ceil((per_step / steps).max() * group.length))
+    return group
+
+
+def build_documents(
+    name: str,
+    documents: dict[str, tuple[Sequence[TokenSequence], Sequence[TokenSequence]]],
+    config: DataConfig,
+    pairs: int = 0,
+) -> Group:
+    """Join a domain's documents, for each of its sets those seen and those held out.
+
+    With `pairs` a row is so many documents of a set, joined (3.2). Rows are then as long as half
+    of such sums at least: the longer half is cropped anywhere, as in the paper. Without, a row is a
+    window of one document, anywhere in it. Sets are drawn in proportion to their tokens.
+    """
+    parts = [d for seen, held_out in documents.values() for d in (*seen, *held_out)]
+    ends = np.cumsum([len(d) for d in parts])
+    bounds = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+    tasks, first = {}, 0
+    for task, (seen, held_out) in documents.items():
+        last = first + len(seen) + len(held_out)
+        tasks[task] = TaskData(bounds[first:last], len(held_out))
+        first = last
+    sizes = {n: sum(map(len, seen)) for n, (seen, _) in documents.items()}
+    group = Group(name, concatenate(parts), tasks, pairs=pairs, sizes=sizes)
+    most = config.document_length or config.context_length
+    if not pairs:
+        group.length = most = min(most, int(np.diff(bounds).max()))
+        group.packed = padding_share(dataclasses.replace(group, batch_size=1), config) > PACK_ABOVE
+        group.batch_size, group.num_targets = _batch_size(most, config), most
+        return group
+    rng, sums = np.random.default_rng(3), []
+    for task in tasks.values():
+        lengths = np.diff(task.seen)[:, 0]
+        sums.append(lengths[rng.integers(len(lengths), size=(1024, pairs))].sum(axis=1))
+    group.length = min(most, int(np.median(sums)))
+    group.batch_size = _batch_size(group.length, config)
+    mask = np.concatenate([[0], np.cumsum(group.seq.loss_mask())])
+    dense = int((mask[bounds[:, 1]] - mask[bounds[:, 0]]).max())
+    group.num_targets = min(group.length, pairs * dense)
     return group
 
 
@@ -268,18 +339,25 @@ def _distinct_patches(seq: TokenSequence, rows: Sequence[Row]) -> int:
 def draw_row(
     group: Group, config: DataConfig, rng: np.random.Generator, held_out: bool = False
 ) -> Row:
-    """The windows of one row: tasks alike, timesteps alike within a task.
+    """The windows of one row: tasks alike, or by size, and timesteps alike within a task.
 
     With `held_out`, windows come from the held-out episodes and prompts from training's.
     """
     names = [n for n, t in group.tasks.items() if not held_out or t.held_out]
     row, budget = [], group.length
     while not row or group.packed:
-        name = names[rng.integers(len(names))]
+        if group.sizes is None:
+            name = names[rng.integers(len(names))]
+        else:
+            sizes = np.array([group.sizes[n] for n in names], np.float64)
+            name = names[rng.choice(len(names), p=sizes / sizes.sum())]
         task = group.tasks[name]
         episodes = task.unseen if held_out else task.seen
+        if group.pairs:
+            chosen = episodes[rng.integers(len(episodes), size=group.pairs)]
+            return [Window(name, _crop(group.seq.offsets[chosen], group.length, rng))]
         anchor = int(rng.integers(episodes[0, 0], episodes[-1, 1]))
-        spans = _spans(group, task, anchor, budget, config.prompt_fraction, rng)
+        spans = _spans(group, task, anchor, budget, group.prompt_fraction, rng)
         if not spans:
             break
         row.append(Window(name, spans))
@@ -331,6 +409,19 @@ def _spans(
     return spans
 
 
+def _crop(spans: np.ndarray, length: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """`length` of the tokens of some spans (S, 2), from anywhere; all where they are fewer."""
+    ends = np.cumsum(spans[:, 1] - spans[:, 0])
+    begin = int(rng.integers(max(ends[-1] - length, 0) + 1))
+    cropped = []
+    for (first, last), end in zip(spans.tolist(), ends.tolist(), strict=True):
+        start = end - (last - first)  # where this span begins in all of them
+        a, b = max(first, first + begin - start), min(last, first + begin + length - start)
+        if a < b:
+            cropped.append((a, b))
+    return cropped
+
+
 def group_batch(
     group: Group,
     config: DataConfig,
@@ -366,7 +457,7 @@ def group_batch(
             group.length,
             group.num_targets,
             slots,
-            config.text_loss,
+            group.text_loss,
             None if held_out else [rngs[r] for r in own],
             [[n for n, w in enumerate(row) for _ in w.spans] for row in windows]
             if group.packed

@@ -12,13 +12,14 @@ from gato_lib.config import ModelConfig
 from gato_lib.distributed import constrain
 from gato_lib.embedding import PATCH_CHANNELS, Embedding, num_rows, table_row
 from gato_lib.sequence import MODALITIES, Batch
-from gato_lib.transformer import Transformer
+from gato_lib.transformer import Block, Cache, Transformer
 
 
 class Gato(nnx.Module):
     """One network for every modality and task.
 
-    `hidden` maps a batch to (B, T, D); `logits` maps chosen positions to (R, V), V table rows.
+    `hidden` maps a batch to (B, T, D), `target_logits` its targets to (R, V), V table rows. Where
+    tokens come bit by bit, `prefill` and `extend` compute the same with a cache.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -37,6 +38,28 @@ class Gato(nnx.Module):
         h = jnp.take_along_axis(h, batch.target_positions[..., None], axis=1)
         h = constrain(h.reshape(-1, h.shape[-1]), "rows", None)
         return constrain(self.embedding.logits(h), "rows", None)
+
+    def prefill(
+        self, batch: Batch, lengths: Int[Array, " B"], slots: int
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """`hidden` of rows of so many tokens, one segment each, and their cache with `slots`."""
+        return self.transformer.prefill(self.embedding(*batch[:6]), lengths, slots)
+
+    def extend(
+        self,
+        batch: Batch,
+        cache: Cache,
+        counts: Int[Array, " B"],
+        layers: list[Block] | None = None,
+    ) -> tuple[Float[Array, "B C D"], Cache]:
+        """`hidden` of C more columns, the first `counts` of a row being tokens, and the cache."""
+        return self.transformer.extend(self.embedding(*batch[:6]), cache, counts, layers)
+
+    def logits(self, hidden: Float[Array, "R D"], rows: slice) -> Float[Array, "R V"]:
+        """Logits over some table rows only, float32."""
+        table = self.embedding.table if self.config.tied else self.embedding.output
+        table = table[...][rows].astype(hidden.dtype)
+        return jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32)
 
 
 def cross_entropy(

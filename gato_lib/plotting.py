@@ -60,6 +60,9 @@ DOMAIN_NAMES = _Names(
     modular_rl="Modular RL",
     manipulation="DM Manipulation",
     rgb_stacking="RGB stacking",
+    captions="Captions",
+    vqa="Visual questions",
+    text="Text",
 )
 DOMAIN_COLORS = _Colors(
     zip(
@@ -69,14 +72,15 @@ DOMAIN_COLORS = _Colors(
             *_shades(_colorblind[2], 4),
             *_shades(_colorblind[3], 2),
             *(_colorblind[i] for i in (4, 5, 6, 8, 9, 7)),
+            *((grey, grey, grey) for grey in (0.2, 0.5, 0.7)),  # what is not control
         ],
         strict=True,
     )
 )
 KIND_COLORS = dict(
     zip(
-        ("text", "image", "discrete", "continuous", "separator", "action", "padding"),
-        [_colorblind[i] for i in (4, 2, 9, 0, 7, 3, 7)],
+        ("text", "image", "discrete", "continuous", "separator", "action", "padding", "given text"),
+        [_colorblind[i] for i in (4, 2, 9, 0, 7, 3, 7, 7)],
         strict=True,
     )
 )

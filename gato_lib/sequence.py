@@ -47,8 +47,11 @@ ACTION_POSITION = LOCAL_POSITIONS
 NO_POSITION = -1  # the separator, and documents, which have no timesteps
 PADDING_POSITION = -2
 
-TEXT, IMAGE, DISCRETE, CONTINUOUS, SEPARATOR, ACTION, PAD = range(7)
-KIND_NAMES = ("text", "image", "discrete", "continuous", "separator", "action", "padding")
+TEXT, IMAGE, DISCRETE, CONTINUOUS, SEPARATOR, ACTION, PAD, GIVEN = range(8)
+KIND_NAMES = (
+    *("text", "image", "discrete", "continuous", "separator", "action", "padding"),
+    "given text",  # not in the loss: a question's, where a run scores answers alone
+)
 
 
 # --- spaces ---------------------------------------------------------------------------------------
@@ -340,7 +343,7 @@ class TokenSequence:
 
     Attributes:
       ids: int32 (L,), the paper's ids; 0 at image tokens.
-      kinds: uint8 (L,), TEXT ... ACTION.
+      kinds: uint8 (L,), TEXT ... GIVEN.
       local: int32 (L,), local position; NO_POSITION for the separator and in documents.
       patch: int32 (L,), index into `patches`; -1 where the token is no image patch.
       intervals: int32 (L, 4), patch intervals; zeros elsewhere.
@@ -479,12 +482,23 @@ class Tokenizer:
         return _Block(kind, ids.ravel(), np.full(t, values.shape[1], np.int64))
 
 
-def document_tokens(document: Document, text: tokenizers.TextTokenizer | None) -> TokenSequence:
+def document_tokens(
+    document: Document,
+    text: tokenizers.TextTokenizer | None,
+    *,
+    end: bool = False,
+    question_loss: bool = True,
+) -> TokenSequence:
     """A document's items in reading order, text as pieces and images as patches (2.1, 3.2).
 
     There is no timestep, so there is no local position (the paper names none); patches keep their
-    row and column. A window may begin at any token. Raises ValueError for a document without items
-    or for an item that is neither text nor an image.
+    row and column. A window may begin at any token.
+
+    Args:
+      end: whether the text's end follows, as in training; what is to be continued has none.
+      question_loss: False makes `document.given` no targets.
+
+    Raises ValueError for a document without items or for an item that is neither text nor an image.
     """
     if not document.items:
         raise ValueError("a document has at least one item")
@@ -493,7 +507,11 @@ def document_tokens(document: Document, text: tokenizers.TextTokenizer | None) -
         if isinstance(item, str):
             if text is None:
                 raise ValueError(f"item {i} is text, but there is no text tokenizer")
-            ids, kind = np.array(text.encode(item), np.int32), TEXT
+            ids = text.encode(item)
+            if end and i == len(document.items) - 1:
+                ids.append(text.end)
+            ids = np.array(ids, np.int32)
+            kind = GIVEN if i in document.given and not question_loss else TEXT
             patches, intervals = (
                 np.zeros((0, PATCH, PATCH, 3), np.uint8),
                 np.zeros((1, 4), np.int32),

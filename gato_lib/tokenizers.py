@@ -122,7 +122,9 @@ def _check_range(ids: np.ndarray, low: int, high: int, what: str) -> None:
 class TextTokenizer:
     """SentencePiece behind two methods. Ids are below `size`, which is at most 32,000.
 
-    Lossless, but for U+2581: SentencePiece writes a space with it, and it returns as one.
+    Attributes:
+      end: id of the end of a text.
+      legal: bool (size,), the ids that a text may be written with, `end` among them.
     """
 
     def __init__(self, model: str | os.PathLike = VENDORED_MODEL):
@@ -136,8 +138,25 @@ class TextTokenizer:
         self.size = self._processor.get_piece_size()
         if self.size > TEXT_IDS:
             raise ValueError(f"{self.path}: {self.size} pieces, at most {TEXT_IDS} fit the ids")
+        self.end = self._processor.eos_id()
+        if self.end < 0:
+            raise ValueError(f"{self.path}: the model has no piece for the end of a text")
+        model = self._processor
+        self.legal = np.array(
+            [
+                i == self.end or not (model.is_control(i) or model.is_unknown(i))
+                for i in range(self.size)
+            ]
+        )
 
     def encode(self, text: str) -> list[int]:
+        """Ids without `end`; `decode` brings back the same text, byte for byte.
+
+        SentencePiece writes a space as U+2581. A text that itself has that character is spelled
+        in bytes.
+        """
+        if "\u2581" in text:
+            return [self._processor.piece_to_id(f"<0x{b:02X}>") for b in text.encode()]
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:

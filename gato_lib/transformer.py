@@ -1,9 +1,14 @@
 """A causal pre-norm transformer with GEGLU and relative attention (paper 2.3, App. C.1).
 
-Axes: B batch, T tokens, D width, N heads, H head_dim, F hidden units of the feed-forward layer.
+Axes: B batch, T tokens, C new tokens, S slots of a cache, D width, N heads, H head_dim, F hidden
+units of the feed-forward layer.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gato_lib.attention import attend, relative_features, sinusoids
+from gato_lib.attention import attend, attend_cached, relative_features, sinusoids
 from gato_lib.config import ModelConfig
 from gato_lib.distributed import constrain
 from gato_lib.embedding import INIT
@@ -40,6 +45,27 @@ def _places(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return place - jax.lax.cummax(jnp.where(first, place, 0), axis=1)
 
 
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far: a row's token i is in slot i.
+
+    Attributes:
+      keys, values: of each layer, (B, N, S, H).
+      distances: of each layer, projected features of the distances 0 ... S - 1, (N, S, H); empty
+        where positions are not relative. They depend on parameters only.
+      lengths: int32 (B,), tokens so far. A smaller number forgets a row's last tokens, 0 all.
+    """
+
+    keys: tuple[Float[Array, "B N S H"], ...]
+    values: tuple[Float[Array, "B N S H"], ...]
+    distances: tuple[Float[Array, "N S H"], ...]
+    lengths: Int[Array, " B"]
+
+    def rows(self, index: Int[Array, " R"]) -> Cache:
+        """A cache of these rows, in this order; a row may come several times."""
+        take = lambda leaves: tuple(x[index] for x in leaves)  # noqa: E731
+        return Cache(take(self.keys), take(self.values), self.distances, self.lengths[index])
+
+
 class Attention(nnx.Module):
     """Multi-head causal attention; order enters as the distance between query and key.
 
@@ -61,19 +87,58 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], segments: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
+        return self.full(x, segments)[0]
+
+    def full(
+        self, x: Float[Array, "B T D"], segments: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T N H"], Float[Array, "B T N H"]]:
+        """Attention over the whole row, and its keys and values."""
+        q, q_distance, k, v = self._project(x)
+        r = None
+        if self.config.sequence_positions == "relative":  # T N H
+            features = relative_features(x.shape[1], self.config.width)
+            r = self.relative(jnp.asarray(features, x.dtype))
+        y = attend(q, q_distance, k, v, r, self.config.attention, segments)
+        return self._merge(y), k, v
+
+    def extend(
+        self,
+        x: Float[Array, "B C D"],
+        k: Float[Array, "B N S H"],
+        v: Float[Array, "B N S H"],
+        r: Float[Array, "N S H"] | None,
+        at: Int[Array, "B C"],
+    ) -> tuple[Float[Array, "B C D"], Float[Array, "B N S H"], Float[Array, "B N S H"]]:
+        """Attention of tokens `at` their positions, over the cache with them in it; that cache.
+
+        What lies past the last slot is dropped: it can only be padding.
+        """
+        q, q_distance, new_k, new_v = self._project(x)
+        b, _, n, _ = q.shape
+        rows, heads = jnp.arange(b)[:, None, None], jnp.arange(n)[None, None]
+        put = lambda old, new: old.at[rows, heads, at[..., None]].set(  # noqa: E731
+            new, mode="drop"
+        )
+        k, v = put(k, new_k), put(v, new_v)
+        return self._merge(attend_cached(q, q_distance, k, v, r, at)), k, v
+
+    def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N H"], ...]:
+        """Queries as they meet content and as they meet distance, keys and values."""
         c = self.config
         b, t, _ = x.shape
         # (B*T, D) -> (B, T, N, H), three times
         qkv = self.qkv(x.reshape(b * t, -1)).reshape(b, t, 3, c.num_heads, c.head_dim)
         qkv = constrain(qkv, "batch", None, None, "heads", None)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        q_distance, r = q, None
-        if c.sequence_positions == "relative":
-            r = self.relative(jnp.asarray(relative_features(t, c.width), x.dtype))  # T N H
-            q_distance = q + self.distance_bias[...].astype(x.dtype)[None, None]
-            q = q + self.content_bias[...].astype(x.dtype)[None, None]
-        y = attend(q, q_distance, k, v, r, c.attention, segments)
-        return self.out(y.reshape(b * t, c.num_heads, c.head_dim)).reshape(b, t, -1)
+        if c.sequence_positions != "relative":
+            return q, q, k, v
+        q_distance = q + self.distance_bias[...].astype(x.dtype)[None, None]
+        return q + self.content_bias[...].astype(x.dtype)[None, None], q_distance, k, v
+
+    def _merge(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """Heads back to the width."""
+        b, t, n, h = y.shape
+        return self.out(y.reshape(b * t, n, h)).reshape(b, t, -1)
 
 
 class FeedForward(nnx.Module):
@@ -125,6 +190,14 @@ class Block(nnx.Module):
         x = constrain(x, "batch", None, None)
         return x + self._drop(self.feed_forward(self.norm2(x)), keys[1])
 
+    def keep(
+        self, x: Float[Array, "B T D"], attention: Callable[[jax.Array], tuple[jax.Array, ...]]
+    ) -> tuple[Float[Array, "B T D"], jax.Array, jax.Array]:
+        """The block in evaluation, with `attention` returning keys and values, which are kept."""
+        y, k, v = attention(self.norm1(x))
+        x = x + y
+        return x + self.feed_forward(self.norm2(x)), k, v
+
     def _drop(self, y: Float[Array, "B T D"], key: jax.Array | None) -> Float[Array, "B T D"]:
         """Regularisation of a sub-layer's output, in training only.
 
@@ -174,9 +247,7 @@ class Transformer(nnx.Module):
         """
         c = self.config
         if c.sequence_positions == "sinusoidal":
-            # As large as the learned rows: a sinusoid's root mean square is sqrt(1/2).
-            waves = sinusoids(np.arange(x.shape[1]), c.width) * (INIT * np.sqrt(2.0))
-            waves = jnp.asarray(waves, x.dtype)
+            waves = self._waves(x.shape[1], x.dtype)
             x = x + (waves[None] if segments is None else waves[_places(segments)])
         keys = None if key is None else jax.random.split(key, c.depth)
         if c.scan_layers:
@@ -195,3 +266,66 @@ class Transformer(nnx.Module):
             for i, block in enumerate(self.layers()):
                 x = call(block, x, None if keys is None else keys[i])
         return self.norm(x)
+
+    def _waves(self, length: int, dtype: jnp.dtype) -> Float[Array, "T D"]:
+        """Absolute positions, as large as the learned rows: a sinusoid's RMS is sqrt(1/2)."""
+        waves = sinusoids(np.arange(length), self.config.width) * (INIT * np.sqrt(2.0))
+        return jnp.asarray(waves, dtype)
+
+    def empty_cache(self, rows: int, slots: int) -> Cache:
+        """A cache with room for so many tokens a row, and none in it."""
+        c = self.config
+        shape, dtype = (rows, c.num_heads, slots, c.head_dim), jnp.dtype(c.compute_dtype)
+        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(c.depth)) for _ in "kv")
+        return Cache(keys, values, self._distances(slots), jnp.zeros(rows, jnp.int32))
+
+    def _distances(self, slots: int) -> tuple[Float[Array, "N S H"], ...]:
+        """`Cache.distances`."""
+        c = self.config
+        if c.sequence_positions != "relative":
+            return ()
+        features = jnp.asarray(sinusoids(np.arange(slots), c.width), c.compute_dtype)
+        return tuple(b.attention.relative(features).swapaxes(0, 1) for b in self.layers())
+
+    def prefill(
+        self, x: Float[Array, "B T D"], lengths: Int[Array, " B"], slots: int
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """`extend` of an empty cache of `slots` >= T, by `__call__`'s faster attention."""
+        if self.config.sequence_positions == "sinusoidal":
+            x = x + self._waves(x.shape[1], x.dtype)[None]
+        keys, values = [], []
+        room = ((0, 0), (0, 0), (0, slots - x.shape[1]), (0, 0))
+        for block in self.layers():
+            x, k, v = block.keep(x, block.attention.full)
+            keys.append(jnp.pad(k.swapaxes(1, 2), room))
+            values.append(jnp.pad(v.swapaxes(1, 2), room))
+        return self.norm(x), Cache(tuple(keys), tuple(values), self._distances(slots), lengths)
+
+    def extend(
+        self,
+        x: Float[Array, "B C D"],
+        cache: Cache,
+        counts: Int[Array, " B"],
+        layers: list[Block] | None = None,
+    ) -> tuple[Float[Array, "B C D"], Cache]:
+        """Hidden states of up to C more tokens a row, and the cache with them in it.
+
+        The first `counts` <= C of a row are tokens; the others are padding, whose hidden states
+        mean nothing. Equals `__call__` on all tokens of a row so far, but for rounding, as long as
+        they are no more than the cache has slots; nothing checks that here. A loop takes `layers()`
+        out of it and hands them in, or every round slices the parameters anew.
+        """
+        positions = cache.lengths[:, None] + jnp.arange(x.shape[1])[None]
+        slots = cache.keys[0].shape[2]
+        if self.config.sequence_positions == "sinusoidal":
+            x = x + self._waves(slots, x.dtype)[positions]
+        keys, values = [], []
+        for i, block in enumerate(layers or self.layers()):
+            k, v = cache.keys[i], cache.values[i]
+            r = cache.distances[i] if cache.distances else None
+            attention = functools.partial(block.attention.extend, k=k, v=v, r=r, at=positions)
+            x, k, v = block.keep(x, attention)
+            keys.append(k)
+            values.append(v)
+        lengths = cache.lengths + counts
+        return self.norm(x), Cache(tuple(keys), tuple(values), cache.distances, lengths)

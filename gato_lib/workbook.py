@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import html
 import io
 import json
 import math
@@ -26,7 +27,7 @@ import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
 
-from gato_lib import collection, distributed, domains, importing, results
+from gato_lib import collection, distributed, domains, importing, results, vision_language
 from gato_lib.agent import Agent
 from gato_lib.checkpoint import Checkpointer, read_meta
 from gato_lib.config import (
@@ -38,21 +39,30 @@ from gato_lib.config import (
     source_digest,
 )
 from gato_lib.embedding import check_text
-from gato_lib.episodes import DataError, Episode, flatten, is_text
+from gato_lib.episodes import DataError, Document, Episode, flatten, is_text
 from gato_lib.evaluation import read_references, rollouts
 from gato_lib.files import write_bytes, write_text
-from gato_lib.mixture import PAPER_WEIGHTS, Mixture, build_group, mixture_weights
+from gato_lib.mixture import (
+    PAPER_WEIGHTS,
+    Mixture,
+    build_documents,
+    build_group,
+    mixture_weights,
+)
+from gato_lib.sampling import Sampling, sample_texts
 from gato_lib.sequence import (
     IMAGE,
     MODALITIES,
     Tokenizer,
     TokenSequence,
     as_images,
+    document_tokens,
     image_layout,
     space_kind,
 )
 from gato_lib.tokenizers import TextTokenizer, train_text_tokenizer
 from gato_lib.training import Metrics, initial_state, train
+from gato_lib.vision_language import importers
 
 # What decides a trained agent besides its settings.
 TRAINING_CODE = tuple(
@@ -72,6 +82,7 @@ TRAINING_CODE = tuple(
     )
 )
 ASSETS = pathlib.Path(__file__).parent / "assets"
+TOKENIZER_CHARACTERS = 4_000_000  # of a set, at most, that a small tokenizer is trained on
 SMALL_TASKS = ("babyai/GoToObj", "metaworld/drawer-close")
 
 
@@ -169,27 +180,72 @@ def data_config(
     noise: str,
     mixture: str,
     imports: Sequence[dict[str, Any]] = (),
+    documents: str = "",
     **settings: Any,
 ) -> DataConfig:
-    """Data settings from a notebook's parameters, with the texts among them taken apart."""
-    chosen = select_tasks(tasks)
-    found = [importing.Source.parse(fields) for fields in imports]
-    for i, source in enumerate(found):  # a folder may be given from the repository or from ~ on
-        folder = results.REPOSITORY / pathlib.Path(source.where).expanduser()
-        if folder.is_dir():
-            found[i] = dataclasses.replace(source, where=str(folder))
-    names = [s.name for s in found]
+    """Data settings from a notebook's parameters, with the texts among them taken apart.
+
+    Raises ConfigError for what is unknown or does not fit.
+    """
+    chosen, sets = select_tasks(tasks), select_documents(documents)
+    recorded: list[importing.Source] = []
+    written: list[importers.Source] = []
+    for fields in imports:
+        of_text = isinstance(fields, dict) and any(k in fields for k in importers.KINDS)
+        (written if of_text else recorded).append(
+            (importers if of_text else importing).Source.parse(fields)
+        )
+    # A path may be given from the repository or from ~ on.
+    recorded = [_at_home(source, "where") for source in recorded]
+    written = [_at_home(source, "where", "images", "questions") for source in written]
+    names = [s.name for s in (*recorded, *written)]
     for name in names:
-        if name in domains.DOMAINS or names.count(name) > 1:
+        taken = name in domains.DOMAINS or name in vision_language.DOMAINS
+        if taken or names.count(name) > 1:
             raise ConfigError(f"imports: the name {name!r} is taken")
+    present = {t.split("/")[0] for t in (*chosen, *sets)} | set(names)
     return DataConfig(
         tasks=chosen,
         episodes=episodes_by_domain(episodes, chosen),
         noise=tuple(float(x) for x in noise.split(",")),
-        weights=mixture_weights(mixture, sorted({t.split("/")[0] for t in chosen} | set(names))),
-        imports=tuple(s.text for s in found),
+        weights=mixture_weights(mixture, sorted(present)),
+        imports=tuple(s.text for s in recorded),
+        documents=sets + tuple(s.text for s in written),
         **settings,
     )
+
+
+def _at_home(source: Any, *fields: str) -> Any:
+    """A source whose paths that lie in the repository, or in ~, are whole."""
+    whole = {}
+    for field in fields:
+        path = results.REPOSITORY / pathlib.Path(getattr(source, field)).expanduser()
+        if getattr(source, field) and path.exists():
+            whole[field] = str(path)
+    return dataclasses.replace(source, **whole)
+
+
+def select_documents(text: str) -> tuple[str, ...]:
+    """Sets of text and images from a notebook's parameter, each with a number of examples.
+
+    A list such as "captions/scenes 2000, text/brown": without a number it is all there are. Raises
+    ConfigError.
+    """
+    chosen = []
+    for item in filter(None, map(str.strip, text.split(","))):
+        name, _, count = item.partition(" ")
+        known = name in vision_language.SETS
+        if not known or (count and not (count.isdigit() and int(count))):
+            raise ConfigError(
+                f"documents: {item!r} in {text!r}; expected one of "
+                f"{', '.join(vision_language.SETS)}, with a number behind it or none"
+            )
+        chosen.append(f"{name} {int(count)}" if count else name)
+    names = [c.split(" ")[0] for c in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"documents: {name!r} stands twice in {text!r}")
+    return tuple(chosen)
 
 
 def collections(run: Run, config: DataConfig) -> list[collection.Collection]:
@@ -214,6 +270,7 @@ class Prepared:
     text: TextTokenizer | None
     cards: list[dict[str, Any]]  # one data card a task
     content: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of what is imported
+    documents: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # cards of the sets
 
 
 def collect(run: Run, config: DataConfig, part: tuple[int, int] = (0, 1)) -> None:
@@ -250,6 +307,23 @@ def collect(run: Run, config: DataConfig, part: tuple[int, int] = (0, 1)) -> Non
             problems.append(f"not imported: {error}")
     if problems:
         raise DataError("\n".join(problems))
+
+
+def text_sets(
+    config: DataConfig, report: Callable[[str], None] = lambda line: None
+) -> list[vision_language.TextSet]:
+    """The sets of text and images that `config` names.
+
+    Raises DataError, naming file and record, where a user's own is damaged.
+    """
+    sets = []
+    for entry in config.documents:
+        if entry.startswith("{"):
+            sets.append(importers.read(importers.Source.load(entry), report))
+        else:
+            name, _, count = entry.partition(" ")
+            sets.append(vision_language.load(name, int(count) if count else None, config.seed))
+    return [each.blind() for each in sets] if config.blind else sets
 
 
 def sources(config: DataConfig) -> list[importing.Source]:
@@ -325,8 +399,9 @@ def prepare(run: Run, config: DataConfig) -> Prepared:
         episodes[card["task"]] = recording.episodes
         spaces[card["task"]] = recording.observation_space, recording.action_space
         cards.append(card)
+    sets = text_sets(config, progress)
     with distributed.writer_first("text"):
-        text = _text_tokenizer(run, config, episodes)
+        text = _text_tokenizer(run, config, episodes, sets)
     groups: dict[str, dict[str, list[TokenSequence]]] = {}
     content = {}
     for (task, kept), card in zip(episodes.items(), cards, strict=True):
@@ -340,22 +415,57 @@ def prepare(run: Run, config: DataConfig) -> Prepared:
         card["steps"] = sum(s.steps for s in tokens)
         card["tokens"] = sum(map(len, tokens))
         if "source" in card:
-            digest = hashlib.sha256()
-            for s in tokens:
-                digest.update(s.ids.tobytes() + s.patch.tobytes() + s.patches.tobytes())
-            content[name] = digest.hexdigest()[:8]
-    mixture = Mixture([build_group(n, s, config) for n, s in groups.items()], config)
-    progress(f"{len(episodes)} tasks ready", done=True)
-    return Prepared(mixture, text, cards, content)
+            content[name] = _content(tokens)
+    built = [build_group(n, s, config) for n, s in groups.items()]
+    documents, written = {}, []
+    for i, each in enumerate(sets):
+        progress(f"tokenizing {each.name} ({i + 1} of {len(sets)})")
+        tokens = [
+            [
+                document_tokens(d, text, end=True, question_loss=config.question_loss)
+                for d in each.documents(split)
+            ]
+            for split in ("train", "validation")
+        ]
+        name = each.name.split("/")[0]
+        documents.setdefault(name, {})[each.name] = tokens
+        content[name] = _content([*tokens[0], *tokens[1]], content.get(name, ""))
+        written.append(
+            {
+                "task": each.name,
+                "licence": each.licence,
+                "examples": {split: len(examples) for split, examples in each.splits.items()},
+                "documents": len(tokens[0]) + len(tokens[1]),
+                "tokens": sum(len(s) for part in tokens for s in part),
+            }
+        )
+    paired = {each.name.split("/")[0]: each.paired for each in sets}
+    for name, parts in documents.items():
+        pairs = vision_language.PAIRS if paired[name] else 0
+        built.append(build_documents(name, parts, config, pairs))
+    progress(f"{len(episodes)} tasks and {len(sets)} sets of documents ready", done=True)
+    return Prepared(Mixture(built, config), text, cards, content, written)
+
+
+def _content(tokens: Sequence[TokenSequence], before: str = "") -> str:
+    """Eight hex digits that change with what a domain holds; `before` are those of its others."""
+    digest = hashlib.sha256(before.encode())
+    for s in tokens:
+        digest.update(s.ids.tobytes() + s.patch.tobytes() + s.patches.tobytes())
+    return digest.hexdigest()[:8]
 
 
 def _text_tokenizer(
-    run: Run, config: DataConfig, episodes: dict[str, Sequence[Episode]]
+    run: Run,
+    config: DataConfig,
+    episodes: dict[str, Sequence[Episode]],
+    sets: Sequence[vision_language.TextSet],
 ) -> TextTokenizer:
-    """The vendored 32,000 pieces, or a small model trained on the run's own instructions."""
+    """The vendored 32,000 pieces, or a small model trained on what the run itself trains on."""
     if config.vocabulary_size == 32_000:
         return TextTokenizer()
-    path = run.data / f"text-{config.digest()}.model"
+    code = source_digest("vision_language/pictures.py", "vision_language/questions.py")
+    path = run.data / f"text-{config.digest()}-{code}.model"
     if path.is_file():
         return TextTokenizer(path)
     texts = {
@@ -366,6 +476,12 @@ def _text_tokenizer(
         if isinstance(leaf, list)
         for text in leaf
     }
+    for each in sets:
+        room = TOKENIZER_CHARACTERS
+        for document in each.documents("train"):
+            for item in (i for i in document.items if isinstance(i, str) and room > 0):
+                texts.add(item)
+                room -= len(item)
     # Without any text (Meta-World alone) a word stands in: the byte pieces cover the rest.
     return train_text_tokenizer(texts or {"gato"}, path, config.vocabulary_size)
 
@@ -543,19 +659,22 @@ def demonstrations(run: Run, config: DataConfig) -> Callable[[str], list[Episode
     return lambda task: collection.load(items[task])[0]
 
 
-def tiny_agent(run: Run, name: str, seed: int) -> pathlib.Path:
+def tiny_agent(run: Run, name: str, seed: int, documents: str = "") -> pathlib.Path:
     """Train a tiny agent in seconds, for a smoke run of a notebook that needs one.
 
-    Raises ConfigError at any other preset: there the real agent is wanted.
+    It acts, or, with `documents` (as `select_documents`), reads and writes. Raises ConfigError at
+    any other preset: there the real agent is wanted.
     """
     if run.preset != "smoke":
         raise ConfigError(
             f"{run}: no agent {name!r} there; run 04_training at {run.preset!r} first"
         )
     data = DataConfig(
-        tasks=SMALL_TASKS,
+        tasks=() if documents else SMALL_TASKS,
         episodes=(("babyai", 8), ("metaworld", 4)),
+        documents=select_documents(documents),
         context_length=56,
+        document_length=112,
         batch_tokens=700,
         prompt_fraction=0.0,
         vocabulary_size=1024,
@@ -606,6 +725,45 @@ def play(
         left = f", about {duration((total - len(played)) / rate)} left" if rate > 0 else ""
         progress(f"{len(played)} of {total} episodes played{left}", done=len(played) == total)
     return played
+
+
+# --- conversation ---------------------------------------------------------------------------------
+
+Turns = Sequence[tuple[int, str]]  # of speaker 0, who asks, or 1, the agent; and what they say
+
+
+def reply(
+    agent: Agent, turns: Turns, sampling: Sampling, context_length: int, seed: int, most: int = 40
+) -> str:
+    """What the agent says next, at most `most` tokens: the rest of its line (paper 4.3).
+
+    The oldest turns are left out where they do not fit the context. Turn n has random numbers of
+    its own. Raises ConfigError where not even the last turn fits.
+    """
+    for first in range(len(turns)):
+        prompt = vision_language.conversation(turns[first:]) + f"{vision_language.SPEAKERS[1]}:"
+        if len(agent.text.encode(prompt)) + most <= context_length:
+            break
+    else:
+        raise ConfigError(f"the last turn does not fit {context_length} tokens, less {most}")
+    (said,) = sample_texts(
+        agent.config,
+        agent.params,
+        agent.text,
+        [Document((prompt,))],
+        sampling,
+        max_tokens=most,
+        context_length=context_length,
+        seed=seed + 1_000 * len(turns),
+        stop="\n",
+    )[0]
+    return said
+
+
+def talk_html(turns: Turns) -> str:
+    """A conversation as HTML, each line escaped."""
+    lines = [f"<b>{'you' if who == 0 else 'agent'}</b>: {html.escape(said)}" for who, said in turns]
+    return "<br>".join(lines)
 
 
 # --- trials ---------------------------------------------------------------------------------------

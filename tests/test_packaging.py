@@ -75,6 +75,7 @@ ORDER = (
     "collection",
     "sequence",
     "importing",
+    "vision_language",
     "mixture",
     "embedding",
     "attention",
@@ -82,6 +83,7 @@ ORDER = (
     "model",
     "checkpoint",
     "training",
+    "sampling",
     "agent",
     "evaluation",
     "results",
@@ -126,7 +128,7 @@ def test_imports_go_in_one_direction(path):
     assert module in ORDER, f"give {module} its place in ORDER"
     allowed = set(ORDER[: ORDER.index(module)])
     allowed &= LEAVES.get(module, allowed)
-    if module in ("domains", "importing"):  # packages
+    if module in ("domains", "importing", "vision_language"):  # packages
         allowed |= {module}
     assert ours <= allowed, f"{module} imports {sorted(ours - allowed)}, which stand below it"
 
@@ -135,7 +137,9 @@ def test_third_party_imports_are_declared():
     procgen = REPOSITORY / "experiments" / "procgen-requirements.txt"  # optional, `make procgen`
     lines = project()["dependencies"]
     lines += [
-        line for extra in ("lerobot", "rlds") for line in project()["optional-dependencies"][extra]
+        line
+        for extra in ("lerobot", "rlds", "embed")
+        for line in project()["optional-dependencies"][extra]
     ]
     lines += [line for line in procgen.read_text().splitlines() if "==" in line]
     declared = {line.split("==")[0].split("[")[0].lower().replace("_", "-") for line in lines}
