@@ -342,8 +342,9 @@ def test_stops_at_end(params, text, prompts, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", ["\n", "ed", "en ", "? A", "ll?"])
-def test_stops_before_a_string(params, text, prompts, stop):
-    """The text is the one without `stop`, cut: what comes after it is not even computed."""
+def test_stops_before_a_string(params, text, prompts, stop, monkeypatch):
+    """The text is the one without `stop`, cut; nothing is chosen after a piece that holds it."""
+    seen = decoded_ids(monkeypatch)
     likely = params
     for token in text.encode("red green ball? A: \n"):
         likely = favouring(likely, token, 1.0)
@@ -356,6 +357,10 @@ def test_stops_before_a_string(params, text, prompts, stop):
     stopped = sample_texts(TINY, likely, text, prompts, Sampling(1.0), stop=stop, **settings)
     assert stopped == [[t.split(stop, 1)[0] for t in samples] for samples in plain]
     assert any(stop in t for samples in plain for t in samples)
+    final = sp._final(text, stop)
+    for ids in seen[1].reshape(-1, 24):
+        ends = np.flatnonzero(final[ids])
+        assert not len(ends) or set(ids[ends[0] + 1 :]) <= {text.end}
 
 
 def test_samples_are_seeded_and_do_not_depend_on_the_batch(params, text, prompts):
