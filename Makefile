@@ -3,8 +3,8 @@
 
 SHELL := bash
 PRESET ?= laptop
-# Two presets are about one notebook.
-NOTEBOOK ?= $(if $(filter ablation,$(PRESET)),16_ablations)$(if $(filter distillation,$(PRESET)),02_datasets)
+# Some presets are about one notebook.
+NOTEBOOK ?= $(if $(filter ablation,$(PRESET)),16_ablations)$(if $(filter distillation,$(PRESET)),02_datasets)$(if $(filter questions,$(PRESET)),08_text_samples)
 
 # Command-line variables do not reach $(shell) by themselves in older makes.
 ENVIRONMENT := $(shell GATO_ENV='$(GATO_ENV)' USE_CONDA='$(USE_CONDA)' bash experiments/setup.sh --where)

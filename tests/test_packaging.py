@@ -178,6 +178,7 @@ def test_what_presets_publish():
         "laptop",
         "ablation",
         "distillation",
+        "questions",
     }
     assert "notebooks" in published["laptop"] and "notebooks" not in published["ablation"]
     rows = pathlib.PurePath("results/16_ablations.csv")

@@ -7,7 +7,11 @@ import pandas as pd
 import pytest
 
 from gato_lib import domains, results, workbook
+from gato_lib.agent import Agent
 from gato_lib.config import ConfigError, DataConfig, TrainConfig, model_config
+from gato_lib.sampling import Sampling
+from gato_lib.tokenizers import train_text_tokenizer
+from gato_lib.training import initial_state
 from gato_lib.workbook import Run, Trial, duration, select_tasks
 
 
@@ -181,7 +185,7 @@ def test_committed_rows_are_tidy():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ()}, "there are no tasks and no imports"),
+        ({"tasks": ()}, "there are no tasks, no imports and no documents"),
         ({"episodes": (("metaworld", 3),)}, r"no number for \['babyai'\]"),
         ({"prompt_fraction": 1.5}, "prompt_fraction"),
         ({"vocabulary_size": 50_000}, "vocabulary_size is 50000"),
@@ -198,3 +202,36 @@ def test_bad_data_settings_are_refused(changes, message):
 
 def test_duration():
     assert [duration(s) for s in (3.6, 200, 7500)] == ["4 s", "3 min 20 s", "2 h 05 min"]
+
+
+# --- conversation ---------------------------------------------------------------------------------
+
+
+def test_replies_end_with_their_line_and_forget_the_oldest_turns(tmp_path, monkeypatch):
+    text = train_text_tokenizer(["A: hello there\nB: hi\n" * 3], tmp_path / "t.model", 300)
+    network = model_config("w64d2", width=32, head_dim=8, mlp_dim=64, text_rows=1024)
+    params = initial_state(network, TrainConfig(steps=2, warmup_steps=1))["params"]
+    agent = Agent(network, params, text, 64)
+    hot = Sampling(temperature=2.0)
+    first = workbook.reply(agent, [(0, "hello")], hot, 64, 0, most=8)
+    assert "\n" not in first and first == workbook.reply(agent, [(0, "hello")], hot, 64, 0, most=8)
+
+    prompts = []
+
+    def record(*arguments, **keywords):
+        prompts.append(arguments[3][0].items[0])
+        return [["hi"]]
+
+    monkeypatch.setattr(workbook, "sample_texts", record)
+    turns = [(i % 2, f"turn {i}") for i in range(9)]
+    assert workbook.reply(agent, turns, hot, 64, 0, most=8) == "hi"
+    (prompt,) = prompts
+    assert prompt.endswith("A: turn 8\nB:") and prompt.count("\n") < 9
+    assert len(text.encode(prompt)) <= 56
+    with pytest.raises(ConfigError, match="the last turn does not fit 64 tokens, less 8"):
+        workbook.reply(agent, [(0, "long " * 40)], hot, 64, 0, most=8)
+
+
+def test_what_people_type_is_shown_as_they_typed_it():
+    shown = workbook.talk_html([(0, "<b>&"), (1, "ok")])
+    assert shown == "<b>you</b>: &lt;b&gt;&amp;<br><b>agent</b>: ok"

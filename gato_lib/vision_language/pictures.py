@@ -1,6 +1,6 @@
 """The embedded pictures and their names, and scenes made of them with exact captions (paper 3.2).
 
-1,852 subjects, drawn by Microsoft (Fluent, MIT) and named by Unicode; 580 of them also by Google
+1,852 subjects, drawn by Microsoft (Fluent, MIT) and named by Unicode; 525 of them also by Google
 (Noto, Apache-2.0), a style that is never trained on. A scene puts one to four pictures on a
 coloured ground and says what it shows:
 
