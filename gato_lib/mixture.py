@@ -103,11 +103,12 @@ def paper_shares(weights: Mapping[str, float]) -> dict[str, float]:
 
     Domains that Table 1 does not know are left out.
     """
-    shares = {}
+    shares: dict[str, float] = {}
     for domain, weight in weights.items():
         keys = [k for k in STANDS_FOR.get(domain, (domain,)) if k in PAPER_WEIGHTS]
         total = sum(PAPER_WEIGHTS[k][1] for k in keys)
-        shares |= {k: weight * PAPER_WEIGHTS[k][1] / total for k in keys}
+        for k in keys:
+            shares[k] = shares.get(k, 0.0) + weight * PAPER_WEIGHTS[k][1] / total
     return shares
 
 
@@ -251,9 +252,9 @@ def build_documents(
 ) -> Group:
     """Join a domain's documents, for each of its sets those seen and those held out.
 
-    With `pairs` a row is so many documents of a set, joined (3.2). Rows are then as long as half
-    of such sums at least: the longer half is cropped anywhere, as in the paper. Without, a row is a
-    window of one document, anywhere in it. Sets are drawn in proportion to their tokens.
+    With `pairs` a row is so many documents of a set, joined (3.2). Half of such sums fit a row; the
+    longer half is cropped anywhere, as in the paper. Without, a row is a window of one document,
+    anywhere in it. Sets are drawn in proportion to their tokens.
     """
     parts = [d for seen, held_out in documents.values() for d in (*seen, *held_out)]
     ends = np.cumsum([len(d) for d in parts])
@@ -272,9 +273,10 @@ def build_documents(
         group.batch_size, group.num_targets = _batch_size(most, config), most
         return group
     rng, sums = np.random.default_rng(3), []
-    for task in tasks.values():
+    share = np.array(list(sizes.values())) / sum(sizes.values())
+    for task, rows in zip(tasks.values(), rng.multinomial(4096, share), strict=True):
         lengths = np.diff(task.seen)[:, 0]
-        sums.append(lengths[rng.integers(len(lengths), size=(1024, pairs))].sum(axis=1))
+        sums.extend(lengths[rng.integers(len(lengths), size=(rows, pairs))].sum(axis=1))
     group.length = min(most, int(np.median(sums)))
     group.batch_size = _batch_size(group.length, config)
     mask = np.concatenate([[0], np.cumsum(group.seq.loss_mask())])

@@ -464,10 +464,6 @@ def _text_tokenizer(
     """The vendored 32,000 pieces, or a small model trained on what the run itself trains on."""
     if config.vocabulary_size == 32_000:
         return TextTokenizer()
-    code = source_digest("vision_language/pictures.py", "vision_language/questions.py")
-    path = run.data / f"text-{config.digest()}-{code}.model"
-    if path.is_file():
-        return TextTokenizer(path)
     texts = {
         text
         for kept in episodes.values()
@@ -480,10 +476,17 @@ def _text_tokenizer(
         room = TOKENIZER_CHARACTERS
         for document in each.documents("train"):
             for item in (i for i in document.items if isinstance(i, str) and room > 0):
-                texts.add(item)
+                texts.add(item[:room])
                 room -= len(item)
     # Without any text (Meta-World alone) a word stands in: the byte pieces cover the rest.
-    return train_text_tokenizer(texts or {"gato"}, path, config.vocabulary_size)
+    texts = texts or {"gato"}
+    digest = hashlib.sha256(str(config.vocabulary_size).encode())
+    for each in sorted(texts):
+        digest.update(each.encode() + b"\0")
+    path = run.data / f"text-{digest.hexdigest()[:8]}.model"
+    if path.is_file():
+        return TextTokenizer(path)
+    return train_text_tokenizer(texts, path, config.vocabulary_size)
 
 
 def train_agent(

@@ -1,16 +1,16 @@
 """The embedded pictures and their names, and scenes made of them with exact captions (paper 3.2).
 
-1,852 subjects, drawn by Microsoft (Fluent, MIT) and named by Unicode; 525 of them also by Google
-(Noto, Apache-2.0), a style that is never trained on. A scene puts one to four pictures on a
-coloured ground and says what it shows:
+1,852 pictures of 1,681 subjects, drawn by Microsoft (Fluent, MIT) and named by Unicode; 525 of them
+also by Google (Noto, Apache-2.0), a style that is never trained on. A scene puts one to four
+pictures on a coloured ground and says what it shows:
 
     a cat on a red background                      three keys on a white background
     a fox to the left of a drum on a blue ...      a bell above a rose on a green ...
 
 Splits, of pictures: by subject, where skin tones and genders of one subject are one. Of scenes:
-"test" has new drawings of what was trained on; "combinations" has, in each scene, a pair of
-subjects, a subject and its number, or a subject and its ground that training never shows together;
-"style" has Google's pictures in place of Microsoft's.
+"test" has new drawings of what was trained on; "combinations" has, in each scene, two subjects,
+several of a subject, or a subject and its ground that training never shows together; "style" has
+Google's pictures in place of Microsoft's.
 """
 
 from __future__ import annotations
@@ -145,10 +145,16 @@ class Scene:
         return f"{what} on a {self.ground} background"
 
     def combinations(self) -> list[str]:
-        """What splits keep apart: two subjects, or a subject with its number or its ground."""
+        """What splits keep apart: two subjects; several of one; a subject and its ground.
+
+        Not one alone, and not white: the single pictures (`emoji`) show that of every subject.
+        """
+        found = [f"{label} + {self.ground}" for label in self.labels if self.ground != "white"]
         if len(self.labels) == 2:
-            return [" + ".join(sorted(self.labels))]
-        return [f"{self.labels[0]} + {self.ground}", f"{self.labels[0]} + {self.number}"]
+            found.append(" + ".join(sorted(self.labels)))
+        elif self.number > 1:
+            found.append(f"{self.labels[0]} + {self.number}")
+        return found
 
     @property
     def held_out(self) -> bool:
