@@ -381,6 +381,7 @@ def prepare(run: Run, config: DataConfig) -> Prepared:
     """Collect what is missing, tokenize it, and build the mixture. Prints progress."""
     wanted = collections(run, config)
     progress = Progress()
+    sets = text_sets(config, progress)  # first: what is damaged is told before hours of collecting
     with distributed.writer_first("collect"):
         if distributed.is_writer():
             collect(run, config)
@@ -399,7 +400,6 @@ def prepare(run: Run, config: DataConfig) -> Prepared:
         episodes[card["task"]] = recording.episodes
         spaces[card["task"]] = recording.observation_space, recording.action_space
         cards.append(card)
-    sets = text_sets(config, progress)
     with distributed.writer_first("text"):
         text = _text_tokenizer(run, config, episodes, sets)
     groups: dict[str, dict[str, list[TokenSequence]]] = {}
@@ -635,10 +635,14 @@ def find_agent(run: Run, name: str) -> pathlib.Path | None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedOn:
-    """What the agent in a folder was trained on, and for how long."""
+    """What the agent in a folder was trained on, and how."""
 
     data: DataConfig
-    steps: int
+    train: TrainConfig
+
+    @property
+    def steps(self) -> int:
+        return self.train.steps
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -646,9 +650,9 @@ class TrainedOn:
 
 
 def trained_on(folder: str | os.PathLike) -> TrainedOn:
-    """Data settings and steps of the agent in `folder`."""
+    """Settings of the data and of the training of the agent in `folder`."""
     meta = read_meta(folder)
-    return TrainedOn(DataConfig.from_dict(meta["data"]), meta["train"]["steps"])
+    return TrainedOn(DataConfig.from_dict(meta["data"]), TrainConfig.from_dict(meta["train"]))
 
 
 def demonstrations(run: Run, config: DataConfig) -> Callable[[str], list[Episode]]:
@@ -703,12 +707,12 @@ def play(
     """Play every task that the agent in `folder` was trained on; prints progress.
 
     Played episodes are kept beside the agent, so an interrupted evaluation goes on. Raises
-    ConfigError where it was trained on imports alone, which have no simulator.
+    ConfigError where it was trained on imports or documents alone, which have no simulator.
     """
     trained = trained_on(folder)
     if not trained.tasks:
         raise ConfigError(
-            f"{folder.name}: trained on imported data alone, there is nothing to play"
+            f"{folder.name}: trained on imports or documents alone, there is nothing to play"
         )
     code = source_digest(*TRAINING_CODE, "agent.py", "evaluation.py")
     name = "-".join(["episodes", *map(str, choices.values()), prompt, code])

@@ -76,9 +76,6 @@ def load_image(file: str | os.PathLike | bytes, where: str, size: int | None) ->
         ) from error
 
 
-_LIMIT = f"{MOST_PIXELS // 1_000_000} megapixels and sides of {MOST_SIDE}"
-
-
 def _read(file: str | os.PathLike, where: str) -> bytes:
     if not os.path.isfile(file):  # nor a pipe or a device, which may never end
         got = "a folder" if os.path.isdir(file) else "nothing"

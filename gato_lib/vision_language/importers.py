@@ -130,8 +130,8 @@ def read(source: Source, report: Report = lambda line: None) -> TextSet:
     """Read all of a source: the set "NAME/all" of splits "train" and, of two or more, "validation".
 
     Validation is 5 % of the images, or of the documents, by a hash of their names: all that is said
-    of one image is on one side, and more images do not change the side of the others. Memory is
-    that of the resized images. Raises DataError naming the file and the record.
+    of one image is on one side, and more images do not change the side of the others. Raises
+    DataError naming the file and the record.
     """
     try:
         named = _READERS[source.kind](source, report)
