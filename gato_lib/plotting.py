@@ -217,15 +217,20 @@ def loss_curves(metrics: pd.DataFrame, ax: Axes) -> Axes:
 
     `metrics` has the columns tokens, domain, loss and validation_loss.
     """
+    ends = []
     for domain, group in metrics.groupby("domain"):
         smooth = group.loss.ewm(span=10).mean()
         x = group.tokens / 1e6
         ax.plot(x, group.loss, color=DOMAIN_COLORS[domain], lw=0.5, alpha=0.35)
         ax.plot(x, smooth, color=DOMAIN_COLORS[domain], lw=1.5)
         ax.plot(x, group.validation_loss, "o", color=DOMAIN_COLORS[domain], ms=3, mfc="white")
+        ends.append((smooth.iloc[-1], domain))
+    apart, below = 0.075 * np.ptp(ax.get_ylim()), -np.inf  # of two names, so that both can be read
+    for end, domain in sorted(ends):
+        below = max(end, below + apart)
         ax.annotate(
             DOMAIN_NAMES[domain],
-            (x.iloc[-1], smooth.iloc[-1]),
+            (metrics.tokens.max() / 1e6, below),
             xytext=(4, 0),
             textcoords="offset points",
             color=DOMAIN_COLORS[domain],
@@ -233,7 +238,9 @@ def loss_curves(metrics: pd.DataFrame, ax: Axes) -> Axes:
             annotation_clip=False,
         )
     ax.set(xlabel="Tokens seen (millions)", ylabel="Masked loss (nats per target)")
-    ax.set_title("lines: training; circles: held-out episodes", fontsize="small", color="0.4")
+    ax.set_title(
+        "lines: training; circles: held-out episodes and texts", fontsize="small", color="0.4"
+    )
     return ax
 
 
