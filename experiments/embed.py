@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gato_lib.files import atomic_path, write_text  # noqa: E402
+from gato_lib.vision_language.base import split_of  # noqa: E402
 
 ASSETS = ROOT / "gato_lib" / "assets"
 ARCHIVES = {
@@ -106,12 +107,6 @@ def family(hexcode: str) -> str:
     parts = ["1f9d1" if p in ("1f468", "1f469") else p for p in parts]
     parts = [p for p in parts if p not in ("2640", "2642", "200d", "27a1")]
     return "-".join(parts)
-
-
-def split_of(text: str) -> str:
-    """ "train", "validation" or "test" (5 % each of the latter), by a hash."""
-    share = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
-    return "test" if share < 0.05 else "validation" if share < 0.10 else "train"
 
 
 def webp(data: bytes) -> bytes:

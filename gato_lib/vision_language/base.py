@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -50,6 +53,24 @@ class Question:
 
 
 Example = Caption | Question | Document
+Some = TypeVar("Some")
+
+
+def hashed(text: str) -> float:
+    """A number in [0, 1) that a text decides."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
+
+
+def split_of(key: str) -> str:
+    """ "train", "validation" or "test", 5 % each of the latter, as a key's hash decides."""
+    share = hashed(key)
+    return "test" if share < 0.05 else "validation" if share < 0.10 else "train"
+
+
+def limited(examples: Sequence[Some], count: int | None, seed: int) -> list[Some]:
+    """`count` of the examples, drawn by `seed`, in their order; all for None."""
+    chosen = np.random.default_rng([seed, 1]).permutation(len(examples))[:count]
+    return [examples[i] for i in sorted(chosen)]
 
 
 def blind(example: Caption | Question) -> Caption | Question:

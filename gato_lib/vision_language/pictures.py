@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import pathlib
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 
-from gato_lib.vision_language.base import Caption, TextSet
+from gato_lib.vision_language.base import Caption, TextSet, hashed, limited
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 SIDE = 64
@@ -44,30 +43,10 @@ EVALUATED = 500  # scenes of each split that is not trained on
 
 # Subjects of the small sets: nouns that are short and look different at 30 pixels.
 SMALL = (
-    *(
-        "dog",
-        "fox",
-        "zebra",
-        "panda",
-        "frog",
-        "penguin",
-        "butterfly",
-        "turtle",
-        "rose",
-        "sunflower",
-    ),
-    *(
-        "banana",
-        "strawberry",
-        "watermelon",
-        "pizza",
-        "hamburger",
-        "doughnut",
-        "airplane",
-        "sailboat",
-    ),
-    *("umbrella", "guitar", "key", "bell", "trophy", "bicycle"),
-)
+    "dog", "fox", "zebra", "panda", "frog", "penguin", "butterfly", "turtle", "rose", "sunflower",
+    "banana", "strawberry", "watermelon", "pizza", "hamburger", "doughnut", "airplane",
+    "sailboat", "umbrella", "guitar", "key", "bell", "trophy", "bicycle",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +86,7 @@ def emoji(count: int | None, seed: int = 0) -> TextSet:
     for subject in subjects():
         image = on_ground(subject.picture, (255, 255, 255))
         splits[subject.split].append(Caption(image, (subject.label,)))
-    order = np.random.default_rng([seed, 1]).permutation(len(splits["train"]))[:count]
-    splits["train"] = [splits["train"][i] for i in sorted(order)]
+    splits["train"] = limited(splits["train"], count, seed)
     return TextSet("captions/emoji", {k: tuple(v) for k, v in splits.items()}, "MIT")
 
 
@@ -159,7 +137,7 @@ class Scene:
     @property
     def held_out(self) -> bool:
         """Whether training never shows one of its combinations."""
-        return any(_hash(c) < HELD_OUT_SHARE for c in self.combinations())
+        return any(hashed(c) < HELD_OUT_SHARE for c in self.combinations())
 
     def draw(self, rng: np.random.Generator, style: str = "fluent-3d") -> np.ndarray:
         """The scene in pixels, uint8 (64, 64, 3): places, sizes and the ground's tint vary."""
@@ -265,8 +243,3 @@ def scenes(count: int | None, seed: int = 0, small: bool = False) -> TextSet:
     make = lambda scene, image, rng: Caption(image, (scene.caption(),))  # noqa: E731
     name = "captions/scenes_small" if small else "captions/scenes"
     return TextSet(name, scene_splits(count or 2_000, seed, small, make), "MIT, Apache-2.0")
-
-
-def _hash(text: str) -> float:
-    """A number in [0, 1) that a text decides."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8

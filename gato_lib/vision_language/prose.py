@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 import json
 from collections.abc import Sequence
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from gato_lib.episodes import DataError, Document
-from gato_lib.vision_language.base import TextSet
+from gato_lib.vision_language.base import TextSet, limited, split_of
 from gato_lib.vision_language.pictures import ASSETS
 
 SPEAKERS = ("A", "B")
@@ -43,7 +41,7 @@ def chitchat(count: int | None, seed: int = 0) -> TextSet:
         if len(speakers) > len(SPEAKERS):
             raise DataError(f"{data}, conversation {key}: {len(speakers)} speakers, expected two")
         if len(turns) > 1:
-            texts.append((_split_of(key), conversation(turns)))
+            texts.append((split_of(key), conversation(turns)))
     return _split("text/chitchat", texts, count, seed, "MIT")
 
 
@@ -58,12 +56,5 @@ def _split(
     splits: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
     for split, text in texts:
         splits[split].append(Document((text,)))
-    order = np.random.default_rng([seed, 1]).permutation(len(splits["train"]))[:count]
-    splits["train"] = [splits["train"][i] for i in sorted(order)]
+    splits["train"] = limited(splits["train"], count, seed)
     return TextSet(name, {k: tuple(v) for k, v in splits.items()}, licence)
-
-
-def _split_of(key: str) -> str:
-    """ "train", "validation" or "test", 5 % each of the latter."""
-    share = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 16**8
-    return "test" if share < 0.05 else "validation" if share < 0.10 else "train"

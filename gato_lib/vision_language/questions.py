@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 
-from gato_lib.vision_language.base import Question, TextSet
+from gato_lib.vision_language.base import Question, TextSet, limited
 from gato_lib.vision_language.images import load_image
 from gato_lib.vision_language.pictures import NUMBERS, SIDE, Scene, known, nouns, scene_splits
 
@@ -31,8 +31,7 @@ def easy_vqa(count: int | None, seed: int = 0) -> TextSet:
             held_out = part == "train" and number % VALIDATION == 0
             split = "validation" if held_out else part
             splits[split].append(Question(images[number], question, (answer,)))
-    order = np.random.default_rng([seed, 1]).permutation(len(splits["train"]))[:count]
-    splits["train"] = [splits["train"][i] for i in sorted(order)]
+    splits["train"] = limited(splits["train"], count, seed)
     return TextSet("vqa/easy", {k: tuple(v) for k, v in splits.items()}, "MIT")
 
 
