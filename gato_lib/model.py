@@ -55,12 +55,6 @@ class Gato(nnx.Module):
         """`hidden` of C more columns, the first `counts` of a row being tokens, and the cache."""
         return self.transformer.extend(self.embedding(*batch[:6]), cache, counts, layers)
 
-    def logits(self, hidden: Float[Array, "R D"], rows: slice) -> Float[Array, "R V"]:
-        """Logits over some table rows only, float32."""
-        table = self.embedding.table if self.config.tied else self.embedding.output
-        table = table[...][rows].astype(hidden.dtype)
-        return jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32)
-
 
 def cross_entropy(
     logits: Float[Array, "R V"], ids: Int[Array, " R"], config: ModelConfig, soft_sigma: float

@@ -226,7 +226,7 @@ def _decode(graph, sampling, params, batch: Batch, lengths, noise, end, legal, f
     layers = model.transformer.layers()
 
     def choose_next(step, ids, done, hidden):
-        logits = model.logits(hidden, slice(0, len(legal)))
+        logits = model.embedding.logits(hidden, slice(0, len(legal)))
         logits = jnp.where(legal[None], logits, -jnp.inf)
         new = jnp.where(done, end, choose(logits, noise[:, step], sampling))
         return step + 1, ids.at[:, step].set(new), done | final[new]
