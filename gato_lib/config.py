@@ -204,6 +204,8 @@ class DataConfig(_Config):
       document_length: longest sequence of these, in tokens; 0 is `context_length`. Text in them
         always counts in the loss.
       question_loss: whether the text of questions does too, by the letter of the paper.
+      parallel_actions: domains whose actions are zeroed where they are inputs, so that all of a
+        step's are predicted in one pass; the paper does so for its robot alone (App. G).
       blind: whether their images are replaced by plain grey ones: what can be said of images that
         are never seen.
     """
@@ -225,6 +227,7 @@ class DataConfig(_Config):
     documents: tuple[str, ...] = ()
     document_length: int = 0
     question_loss: bool = True
+    parallel_actions: tuple[str, ...] = ()
     blind: bool = False
 
     def __post_init__(self) -> None:
@@ -241,6 +244,7 @@ class DataConfig(_Config):
         missing = sorted({t.split("/")[0] for t in self.tasks} - {d for d, _ in self.episodes})
         self._require(not missing, f"episodes names no number for {missing}")
         self._require(all(n > 0 for _, n in self.episodes), "episodes must be positive")
+        object.__setattr__(self, "parallel_actions", tuple(self.parallel_actions))
         self._require(len(self.noise) > 0 and min(self.noise) >= 0, "noise must be >= 0")
         self._require(all(w > 0 for _, w in self.weights), "weights must be positive")
         self._require(self.context_length > 0, "context_length must be positive")

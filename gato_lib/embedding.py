@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from gato_lib import tokenizers
 from gato_lib.config import ConfigError, ModelConfig
 from gato_lib.distributed import constrain, on_each_device, part_of
+from gato_lib.sequence import NO_ID
 
 LOCAL_ROWS = 512 + 1  # observation tokens, and one row for all actions (sequence.ACTION_POSITION)
 PATCH_ROWS = 128
@@ -168,7 +169,8 @@ class Embedding(nnx.Module):
         cols: Int[Array, "B T"],
         patches: UInt8[Array, "Q 16 16 3"],
     ) -> Float[Array, "B T D"]:
-        x = _whole(self.table)[table_row(ids, self.config)]
+        x = _whole(self.table)[table_row(jnp.maximum(ids, 0), self.config)]
+        x = jnp.where((ids == NO_ID)[..., None], 0.0, x)
         if patches.shape[0]:  # a batch shape without images costs nothing
             image = (patch < patches.shape[0])[..., None]
             vectors = self.patch(patches).astype(x.dtype)

@@ -166,6 +166,7 @@ class Group:
       num_patches: Q, distinct patches as a rule, by the number of rows that share them.
       packed: whether a row goes on with further windows where one ends early.
       text_loss: whether text counts in the loss. prompt_fraction: share of windows with a prompt.
+      parallel: whether actions are zeroed as inputs.
       pairs: documents that make a row, joined and then padded or cropped; 0 is one window.
       sizes: how often each task is drawn, in proportion; None is all alike.
     """
@@ -180,6 +181,7 @@ class Group:
     packed: bool = False
     text_loss: bool = True
     prompt_fraction: float = 0.0
+    parallel: bool = False
     pairs: int = 0
     sizes: dict[str, int] | None = None
 
@@ -232,6 +234,7 @@ def build_group(
         step = int(ends[-1])
     group = Group(name, seq, tasks)
     group.text_loss, group.prompt_fraction = config.text_loss, config.prompt_fraction
+    group.parallel = name in config.parallel_actions
     group.length, padding = _best_length(group, config, longest)
     if padding > PACK_ABOVE:
         group.packed = True
@@ -464,6 +467,7 @@ def group_batch(
             [[n for n, w in enumerate(row) for _ in w.spans] for row in windows]
             if group.packed
             else None,
+            group.parallel,
         )
         none = slots * placement.parts
         patch = np.where(batch.patch < slots, batch.patch + part * slots, none).astype(np.int32)
@@ -507,9 +511,11 @@ class Mixture:
         self.groups = list(groups)
         self.config = config
         weights = dict(config.weights)
-        unknown = sorted(set(weights) - {g.name for g in groups})
-        if unknown:
-            raise ValueError(f"weights name {unknown}, the mixture has {[g.name for g in groups]}")
+        for what, names in (("weights", weights), ("parallel_actions", config.parallel_actions)):
+            unknown = sorted(set(names) - {g.name for g in groups})
+            if unknown:
+                has = [g.name for g in groups]
+                raise ConfigError(f"{what}: {unknown}, but the mixture has {has}")
         weights = {g.name: weights.get(g.name, 1.0) for g in self.groups}
         self.weights = {n: w / sum(weights.values()) for n, w in weights.items()}
 

@@ -46,6 +46,7 @@ LOCAL_POSITIONS = 512  # rows for observation tokens; one more row is shared by 
 ACTION_POSITION = LOCAL_POSITIONS
 NO_POSITION = -1  # the separator, and documents, which have no timesteps
 PADDING_POSITION = -2
+NO_ID = -1  # an input whose token is not told: its vector is zero
 
 TEXT, IMAGE, DISCRETE, CONTINUOUS, SEPARATOR, ACTION, PAD, GIVEN = range(8)
 KIND_NAMES = (
@@ -607,7 +608,7 @@ class Batch(NamedTuple):
     """What the network is given: B sequences of T tokens, Q distinct patches, K targets each.
 
     Attributes:
-      ids: int32 (B, T).
+      ids: int32 (B, T); NO_ID at actions that are not told.
       local: int32 (B, T), local position; negative where there is none.
       patch: int32 (B, T), index into `patches`; Q where the token is no image patch.
       rows, cols: int32 (B, T), patch positions in [0, 128).
@@ -647,6 +648,7 @@ def make_batch(
     text_loss: bool = True,
     rngs: Sequence[np.random.Generator] | None = None,
     segments: Sequence[Sequence[int]] | None = None,
+    parallel: bool = False,
 ) -> Batch:
     """Cut windows out of one long sequence into fixed shapes.
 
@@ -659,6 +661,8 @@ def make_batch(
         (evaluation).
       segments: for each span the number of its segment, rising along the row; None makes the
         whole row one segment.
+      parallel: whether no action is told as an input, so that all of a step's can be predicted
+        in one pass (App. G).
 
     Raises ValueError where a row needs more than T tokens or K targets, or the batch more than Q
     distinct patches: nothing is dropped.
@@ -700,6 +704,8 @@ def make_batch(
     modality = np.where(continuous, 2, 1).astype(np.int32)
     modality[rows_, slots] = np.where(kinds[rows_, cols_] == TEXT, 0, modality[rows_, slots])
 
+    if parallel:
+        ids[kinds == ACTION] = NO_ID
     image = patch >= 0
     distinct, index = np.unique(patch[image], return_inverse=True)
     if len(distinct) > num_patches:

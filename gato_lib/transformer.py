@@ -65,6 +65,21 @@ class Cache(NamedTuple):
         take = lambda leaves: tuple(x[index] for x in leaves)  # noqa: E731
         return Cache(take(self.keys), take(self.values), self.distances, self.lengths[index])
 
+    def forget(self, first: Int[Array, " B"], counts: Int[Array, " B"]) -> Cache:
+        """A cache without `counts` tokens of each row from token `first` on; later ones close up.
+
+        The later ones' keys and values stay as they are, though they were computed with what is
+        gone in sight: Transformer-XL's memory, not what the row would have without those tokens.
+        """
+        slot = jnp.arange(self.keys[0].shape[2])[None]
+        source = slot + jnp.where(slot >= first[:, None], counts[:, None], 0)
+        source = jnp.minimum(source, slot.shape[1] - 1)[:, None, :, None]
+        take = lambda leaves: tuple(  # noqa: E731
+            jnp.take_along_axis(x, source, axis=2) for x in leaves
+        )
+        lengths = self.lengths - counts
+        return Cache(take(self.keys), take(self.values), self.distances, lengths)
+
 
 class Attention(nnx.Module):
     """Multi-head causal attention; order enters as the distance between query and key.

@@ -12,6 +12,7 @@ import pytest
 from gato_lib import sampling as sp
 from gato_lib import sequence as sq
 from gato_lib.config import ConfigError, TrainConfig, model_config
+from gato_lib.embedding import table_row
 from gato_lib.episodes import Document
 from gato_lib.sampling import Sampling, choose, log_likelihood, sample_texts
 from gato_lib.tokenizers import SEPARATOR, train_text_tokenizer
@@ -129,6 +130,40 @@ def test_a_cache_can_begin_empty_forget_and_be_dealt_out_to_other_rows():
     swapped = batch._replace(**{k: getattr(batch, k)[order] for k in batch._fields[:5]})
     hidden, _ = extend(columns(swapped, ten, 10), cache.rows(order), ten)
     np.testing.assert_allclose(hidden, expected[order, 10:20], atol=1e-4)
+
+
+def test_what_a_cache_forgets():
+    """Of one layer a later token is what it would be without the forgotten; of more it is not."""
+    ten = np.full(3, 10, np.int32)
+    first, gone = np.array([0, 2, 3], np.int32), np.array([3, 4, 0], np.int32)
+    for depth in (1, 2):
+        config = dataclasses.replace(TINY, depth=depth)
+        model = merge(graph_of(config), trained_like(config))
+        batch = mixed_batch()
+        empty = model.transformer.empty_cache(3, 30)
+        extend = jax.jit(lambda b, c, n, model=model: model.extend(b, c, n))
+        _, cache = extend(columns(batch, [0, 0, 0], 10), empty, ten)
+        cache = cache.forget(first, gone)
+        np.testing.assert_array_equal(cache.lengths, [7, 6, 10])
+        hidden, _ = extend(columns(batch, ten, 5), cache, ten - 5)
+        for row in range(3):
+            kept = np.delete(np.arange(15), np.arange(first[row], first[row] + gone[row]))
+            cut = {k: getattr(batch, k)[row : row + 1, kept] for k in batch._fields[:5]}
+            expected = model.hidden(batch._replace(**cut))[0, -5:]
+            error = np.abs(hidden[row] - expected).max()
+            assert error < 1e-4 if depth == 1 or not gone[row] else error > 1e-3, (depth, row)
+
+
+def test_an_id_that_is_not_told_embeds_as_zero():
+    model = merge(graph_of(TINY), trained_like(TINY))
+    batch = mixed_batch()
+    batch = batch._replace(patch=np.full_like(batch.patch, 6), local=np.full_like(batch.local, 512))
+    told = model.embedding(*batch[:6])
+    blank = model.embedding(*batch._replace(ids=np.full_like(batch.ids, sq.NO_ID))[:6])
+    np.testing.assert_array_equal(blank, np.broadcast_to(blank[0, 0], blank.shape))
+    table = model.embedding.table[...]
+    rows = table_row(batch.ids, TINY)
+    np.testing.assert_allclose(told - blank, table[rows], atol=1e-6)
 
 
 def test_cache_in_bfloat16():

@@ -117,8 +117,23 @@ def test_weights_are_kept(groups):
     weighted = dataclasses.replace(DATA, weights=(("babyai", 1.0), ("metaworld", 3.0)))
     names = [Mixture(groups, weighted)[i].domain for i in range(40)]
     assert names.count("metaworld") == 30
-    with pytest.raises(ValueError, match=r"weights name \['atari'\]"):
+    with pytest.raises(ConfigError, match=r"weights: \['atari'\], but the mixture has"):
         Mixture(groups, dataclasses.replace(DATA, weights=(("atari", 1.0),)))
+
+
+def test_parallel_actions_are_zeroed_as_inputs_and_remain_targets(groups, demonstrations, text):
+    config = dataclasses.replace(DATA, parallel_actions=("metaworld",))
+    blanked = {g.name: g for g in make_groups(text, demonstrations, config)}
+    for group in groups:
+        told = group_batch(group, DATA, 3).batch
+        batch = group_batch(blanked[group.name], config, 3).batch
+        action = told.local == sq.ACTION_POSITION
+        assert action.any()
+        blank = action if group.name == "metaworld" else np.zeros_like(action)
+        np.testing.assert_array_equal(batch.ids, np.where(blank, sq.NO_ID, told.ids))
+        assert_equal(batch._replace(ids=told.ids), told)
+    with pytest.raises(ConfigError, match=r"parallel_actions: \['atari'\], but the mixture has"):
+        Mixture(groups, dataclasses.replace(DATA, parallel_actions=("atari",)))
 
 
 def test_the_papers_weights():
