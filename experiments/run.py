@@ -502,11 +502,14 @@ def plan(options: argparse.Namespace) -> tuple[Run, list[str], list[str]]:
     if options.publish and options.set:
         raise UserError("--publish takes a preset as it is: leave out --set")
     asked = options.notebook or list(table)
+    overrides = dict(_parse_set(text) for text in options.set)
+    for name, values in parameters.items():  # of another run's agent nothing is made here
+        if (values | (overrides if name in asked else {})).get("agents_run"):
+            table[name] = dataclasses.replace(table[name], needs=())
     wanted = set(asked)
     for name in reversed(table):
         wanted.update(table[name].needs if name in wanted else ())
     names = [n for n in table if n in wanted]
-    overrides = dict(_parse_set(text) for text in options.set)
     for name in names:
         where = f"experiments/params/{options.preset}.yaml"
         values = validate_parameters(table[name].path, parameters[name], where)

@@ -7,22 +7,25 @@ measured by `measure_references` and committed.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import os
 import pathlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from gato_lib import domains
-from gato_lib.agent import Agent, History
+from gato_lib.agent import Agent, Prompt
 from gato_lib.collection import episode_score, rollout, worker_pool
 from gato_lib.episodes import DataError, Episode
 from gato_lib.files import write_text
+from gato_lib.sequence import Tokenizer
 
 
 def normalized_score(score: float | np.ndarray, random: float, expert: float) -> float | np.ndarray:
@@ -43,125 +46,197 @@ def episode_seed(task: str, seed: int, index: int) -> int:
 
 
 @dataclasses.dataclass
-class _Lane:
-    """One environment that plays one task's episodes, one after another."""
+class Lane:
+    """One episode of a task, being played."""
 
     task: str
+    index: int
     env: Any
-    queue: list[int]
-    index: int = -1
-    history: History | None = None
+    observation: Any
     rewards: list[float] = dataclasses.field(default_factory=list)
     success: bool = False
+    over: bool = False
 
-    @property
-    def spaces(self) -> tuple[Any, Any]:
-        return self.env.observation_space, self.env.action_space
-
-    def start(self, seed: int, make_prompt: Callable) -> bool:
-        """Begin the next episode; False where none is left."""
-        if not self.queue:
-            self.env.close()
-            return False
-        self.index = self.queue.pop(0)
-        reset_seed = episode_seed(self.task, seed, self.index)
-        observation, _ = self.env.reset(seed=reset_seed)
-        self.history = History(reset_seed, make_prompt(self.task, reset_seed, observation))
-        self.history.observations.append(observation)
-        self.rewards, self.success = [], False
-        return True
-
-    def step(self, action: Any) -> bool:
-        """Apply an action; True where the episode is over."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        self.history.observations.append(observation)
+    def step(self, action: Any) -> None:
+        self.observation, reward, terminated, truncated, info = self.env.step(action)
         self.rewards.append(float(reward))
         self.success |= bool(info.get("success", terminated and reward > 0))
-        return terminated or truncated
+        self.over = terminated or truncated
 
 
 EPISODE_COLUMNS = ("task", "seed", "index", "score", "success", "steps")
+Lanes = tuple[tuple[str, int], ...]  # episodes that are played in one batch: task and index
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Episodes to play, and who plays them.
+
+    Attributes:
+      make_agent: returns the agent.
+      demonstrations: returns those of a task, for prompts.
+      prompt: "none", or the "start" or "end" of a demonstration of the task, drawn anew for each
+        episode.
+
+    Both functions are called in worker processes where there are several, and so must be hashable
+    and importable there: functions of a module, or frozen dataclasses.
+    """
+
+    make_agent: Callable[[], Agent]
+    seed: int
+    demonstrations: Callable[[str], Sequence[Episode]] | None = None
+    prompt: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.prompt != "none" and self.demonstrations is None:
+            raise ValueError(f"prompt {self.prompt!r} needs demonstrations")
+
+    def play(
+        self, lanes: Lanes, watch: Callable[[Sequence[Lane]], None] = lambda lanes: None
+    ) -> list[dict[str, Any]]:
+        """Play a batch of episodes to their ends: a row for each (`EPISODE_COLUMNS`).
+
+        `watch` is called before each step and after the last, with those that are played.
+        """
+        agent = _made(self.make_agent).for_domain(domains.TASKS[lanes[0][0]].domain)
+        with _environments(tuple(task for task, _ in lanes)) as envs:
+            seeds = [episode_seed(task, self.seed, index) for task, index in lanes]
+            begun = [env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)]
+            playing = [Lane(*lane, env, o) for lane, env, o in zip(lanes, envs, begun, strict=True)]
+            everyone, tokenizer = list(playing), agent.tokenizer(envs[0])
+            prompts = [
+                self._prompt(agent, tokenizer, lane, s)
+                for lane, s in zip(playing, seeds, strict=True)
+            ]
+            player = agent.player(tokenizer, seeds, prompts)
+            watch(playing)
+            while playing:
+                actions = player.act([lane.observation for lane in playing])
+                for lane, action in zip(playing, actions, strict=True):
+                    lane.step(action)
+                watch(playing)
+                left = [i for i, lane in enumerate(playing) if not lane.over]
+                if left and len(left) < len(playing):
+                    player.only(left)
+                playing = [playing[i] for i in left]
+        return [
+            {
+                "task": lane.task,
+                "seed": self.seed,
+                "index": lane.index,
+                "score": episode_score(lane.task, lane.rewards, lane.success),
+                "success": lane.success,
+                "steps": len(lane.rewards),
+            }
+            for lane in everyone
+        ]
+
+    def _prompt(self, agent: Agent, tokenizer: Tokenizer, lane: Lane, seed: int) -> Prompt | None:
+        if self.prompt == "none":
+            return None
+        known = _demonstrated(self.demonstrations, lane.task)
+        return agent.prompt(tokenizer, known[seed % len(known)], self.prompt, lane.observation)
+
+
+# Kept from one batch to the next, in each process.
+_made = functools.lru_cache(maxsize=1)(lambda make_agent: make_agent())
+_demonstrated = functools.lru_cache(maxsize=8)(lambda demonstrations, task: demonstrations(task))
+_idle: dict[str, list[Any]] = {}
+
+
+@contextlib.contextmanager
+def _environments(tasks: Sequence[str]) -> Iterator[list[Any]]:
+    """An environment for each task, a task coming several times; idle ones are used again."""
+    for task in set(_idle) - set(tasks):
+        for env in _idle.pop(task):
+            env.close()
+    envs = []
+    try:
+        for task in tasks:
+            spare = _idle.get(task)
+            envs.append(spare.pop() if spare else domains.make_env(task))
+        yield envs
+    except BaseException:
+        for env in envs:
+            env.close()
+        raise
+    for task, env in zip(tasks, envs, strict=True):
+        _idle.setdefault(task, []).append(env)
+
+
+def close_environments() -> None:
+    """Close the environments that are kept for the next batch."""
+    for task in list(_idle):
+        for env in _idle.pop(task):
+            env.close()
 
 
 def rollouts(
-    agent: Agent,
+    evaluation: Evaluation,
     tasks: Sequence[str],
     episodes: int,
-    seed: int,
     path: str | os.PathLike | None = None,
+    *,
     lanes: int = 4,
-    demonstrations: Callable[[str], Sequence[Episode]] | None = None,
-    prompt: str = "none",
+    workers: int = 1,
 ) -> Iterator[pd.DataFrame]:
     """Play `episodes` of each task, yielding the table of finished episodes as it grows.
 
-    Environments of a domain act in one batch where their spaces agree, `lanes` a task. With `path`,
-    finished episodes are kept there and a second call goes on from them. Each episode depends on
-    task, seed and index alone. `prompt` is "none", or the "start" or "end" of a demonstration of
-    the task, drawn anew for each episode from `demonstrations(task)`.
+    Up to `lanes` episodes are played in one batch, and `workers` batches at a time, on a core each;
+    one worker is this process, on all cores. Which episodes share a batch is settled beforehand and
+    depends on tasks, episodes and lanes alone, so that a second evaluation gives the same rows to
+    the last digit. With `path`, finished episodes are kept there, a batch at a time, and a second
+    call goes on from them: a batch that was cut short is played again from its beginning.
+
+    Raises KeyError for an unknown task and DataError where `path` holds no such table.
     """
-    if prompt != "none" and demonstrations is None:
-        raise ValueError(f"prompt {prompt!r} needs demonstrations")
-    known: dict[str, Sequence[Episode]] = {}
-
-    def make_prompt(task: str, reset_seed: int, observation: Any):
-        if prompt == "none":
-            return None
-        if task not in known:
-            known[task] = demonstrations(task)
-        chosen = known[task][reset_seed % len(known[task])]
-        return player.prompt(tokenizer, chosen, prompt, observation)
-
     for task in tasks:
         domains.domain_of(task)  # an unknown task is named before anything is played
     old = _read_episodes(path)
-    asked = old.task.isin(tasks) & (old.seed == seed) & (old["index"] < episodes)
+    asked = old.task.isin(tasks) & (old.seed == evaluation.seed) & (old["index"] < episodes)
     others, rows = old[~asked].to_dict("records"), old[asked].to_dict("records")
     finished = {(r["task"], r["index"]) for r in rows}
-    for active in _batches(tasks, lanes, episodes, finished):
-        player = agent.for_domain(domains.TASKS[active[0].task].domain)
-        tokenizer = player.tokenizer(active[0].env)
-        active = [lane for lane in active if lane.start(seed, make_prompt)]
-        while active:
-            actions = player.act(tokenizer, [lane.history for lane in active])
-            over = [lane for lane, a in zip(active, actions, strict=True) if lane.step(a)]
-            for lane in over:
-                rows.append(
-                    {
-                        "task": lane.task,
-                        "seed": seed,
-                        "index": lane.index,
-                        "score": episode_score(lane.task, lane.rewards, lane.success),
-                        "success": lane.success,
-                        "steps": len(lane.rewards),
-                    }
-                )
-            stopped = [lane for lane in over if not lane.start(seed, make_prompt)]
-            active = [lane for lane in active if lane not in stopped]
-            if over:
-                if path is not None:
-                    write_text(path, _csv(others + rows))
-                yield _table(rows)
-    if len(rows) == len(finished):  # nothing was left to play
+    left = [b for b in batches(tasks, episodes, lanes) if not finished.issuperset(b)]
+    if not left:
         yield _table(rows)
+        return
+    with contextlib.ExitStack() as stack:
+        stack.callback(close_environments)
+        if workers == 1:
+            played = map(evaluation.play, left)
+        else:
+            pool = stack.enter_context(worker_pool(min(workers, len(left)), pinned=True))
+            jobs = [pool.submit(evaluation.play, batch) for batch in left]
+            played = (job.result() for job in concurrent.futures.as_completed(jobs))
+        for batch in played:
+            rows += [r for r in batch if (r["task"], r["index"]) not in finished]
+            if path is not None:
+                write_text(path, _csv(others + rows))
+            yield _table(rows)
 
 
-def _batches(
-    tasks: Sequence[str], lanes: int, episodes: int, finished: Container[tuple[str, int]]
-) -> Iterator[list[_Lane]]:
-    """Lanes that can act in one batch, together: of one domain and with the same spaces."""
-    for domain in dict.fromkeys(domains.TASKS[t].domain for t in tasks):
-        batches: list[list[_Lane]] = []
-        for task in (t for t in tasks if domains.TASKS[t].domain == domain):
-            left = [i for i in range(episodes) if (task, i) not in finished]
-            for first in range(min(lanes, len(left))):
-                lane = _Lane(task, domains.make_env(task), left[first::lanes])
-                alike = next((b for b in batches if b[0].spaces == lane.spaces), None)
-                if alike is None:
-                    batches.append([lane])
-                else:
-                    alike.append(lane)
-        yield from batches
+def batches(tasks: Sequence[str], episodes: int, lanes: int) -> list[Lanes]:
+    """All episodes in batches of at most `lanes`, each of one domain and with the same spaces.
+
+    A task's episodes are cut into batches from the first on; what is less than a batch is put
+    together with other tasks', while their spaces agree.
+    """
+    parts: list[tuple[Any, list[tuple[str, int]]]] = []
+    for task in tasks:
+        kind: Any = task
+        if episodes % lanes:  # environments can be slow to make
+            env = domains.make_env(task)
+            kind = domains.TASKS[task].domain, env.observation_space, env.action_space
+            env.close()
+        for first in range(0, episodes, lanes):
+            part = [(task, i) for i in range(first, min(first + lanes, episodes))]
+            for other, together in parts:
+                if len(together) + len(part) <= lanes and other == kind:
+                    together += part
+                    break
+            else:
+                parts.append((kind, part))
+    return [tuple(part) for _, part in parts]
 
 
 def _read_episodes(path: str | os.PathLike | None) -> pd.DataFrame:
@@ -171,6 +246,23 @@ def _read_episodes(path: str | os.PathLike | None) -> pd.DataFrame:
         return pd.read_csv(path)[list(EPISODE_COLUMNS)]
     except (ValueError, KeyError) as error:
         raise DataError(f"{path}: not a table of played episodes ({error})") from error
+
+
+def episodes_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """The table of played episodes from result rows whose metrics are "score 0", "success 0", ...
+
+    Raises DataError where an episode lacks a metric.
+    """
+    frame = rows[["task", "seed", "value"]].copy()
+    frame[["metric", "index"]] = rows.metric.str.split(" ", n=1, expand=True).to_numpy()
+    frame["index"] = frame["index"].astype(int)
+    wide = frame.pivot(index=["task", "seed", "index"], columns="metric", values="value")
+    wide = wide.reindex(columns=["score", "success", "steps"])
+    if wide.isna().any(axis=None):
+        task, seed, index = wide[wide.isna().any(axis=1)].index[0]
+        raise DataError(f"episode {index} of {task}, seed {seed}: score, success or steps missing")
+    wide = wide.astype({"success": bool, "steps": int})
+    return wide.reset_index().rename_axis(columns=None)[list(EPISODE_COLUMNS)]
 
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -342,3 +434,29 @@ def bootstrap(
     )
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def difference(
+    one: pd.DataFrame, other: pd.DataFrame, references: pd.DataFrame, seed: int = 0
+) -> pd.DataFrame:
+    """One row a domain, and one for "all" tasks: how much better `one` did than `other`.
+
+    Episode by episode on the same layouts, normalised, means over tasks, with a 95 % interval that
+    resamples episodes within each task. Raises ValueError where they played other episodes.
+    """
+    keys = ["task", "seed", "index"]
+    one, other = (x.sort_values(keys, ignore_index=True) for x in (one, other))
+    if not one[keys].equals(other[keys]):
+        raise ValueError("the two played different episodes")
+    scale = (references.expert - references.random).where(references.sound)
+    gain = (one.score - other.score) / scale.reindex(one.task).to_numpy()
+    by_task = {task: g.to_numpy() for task, g in gain.dropna().groupby(one.task)}
+    groups = {"all": list(by_task.values())}
+    for task, gains in by_task.items():
+        groups.setdefault(domains.TASKS[task].domain, []).append(gains)
+    rows = []
+    for domain, gains in groups.items():
+        low, high = bootstrap(gains, seed)
+        mean = float(np.mean([g.mean() for g in gains]))
+        rows.append({"domain": domain, "mean": mean, "low": low, "high": high, "n": len(gains)})
+    return pd.DataFrame(rows)

@@ -8,11 +8,13 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import IPython.display
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -122,25 +124,61 @@ def save(
     `inputs` are the files the numbers were read from; their sha256 go into the JSON, and nothing
     that changes between runs does, so the same rows give the same bytes.
     """
-    folder = pathlib.Path(folder)
+    path = pathlib.Path(folder) / f"{name}.png"
     if not distributed.is_writer():
-        return folder / f"{name}.png"
-    folder.mkdir(parents=True, exist_ok=True)
+        return path
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         data = io.BytesIO()
         fig.savefig(data, format=suffix, metadata=metadata, bbox_inches="tight")
-        write_bytes(folder / f"{name}.{suffix}", data.getvalue())
+        write_bytes(path.with_suffix(f".{suffix}"), data.getvalue())
+    _write_provenance(path, notebook, inputs, ("matplotlib", "seaborn"))
+    return path
+
+
+def save_video(
+    frames: np.ndarray,
+    name: str,
+    folder: str | os.PathLike,
+    notebook: str,
+    inputs: Sequence[str | os.PathLike] = (),
+    fps: float = 10.0,
+) -> IPython.display.Image:
+    """Write frames uint8 (T, H, W, 3) as `name`.gif, and .json, and return them to be shown.
+
+    The last frame stands for a second longer.
+    """
+    images = [PIL.Image.fromarray(frame).quantize(64, dither=0) for frame in frames]
+    durations = [round(1000 / fps)] * len(images)
+    durations[-1] += 1000
+    data = io.BytesIO()
+    images[0].save(
+        data,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=durations,
+        loop=0,
+    )
+    path = pathlib.Path(folder) / f"{name}.gif"
+    if distributed.is_writer():
+        write_bytes(path, data.getvalue())
+        _write_provenance(path, notebook, inputs, ("pillow",))
+    return IPython.display.Image(data.getvalue(), format="gif")
+
+
+def _write_provenance(
+    path: pathlib.Path, notebook: str, inputs: Sequence[str | os.PathLike], made_by: Sequence[str]
+) -> None:
     provenance = {
-        "figure": name,
+        "figure": path.stem,
         "notebook": notebook,
         "inputs": {
             pathlib.Path(p).name: hashlib.sha256(pathlib.Path(p).read_bytes()).hexdigest()
             for p in inputs
         },
-        "versions": {k: importlib.metadata.version(k) for k in ("matplotlib", "seaborn")},
+        "versions": {k: importlib.metadata.version(k) for k in made_by},
     }
-    write_bytes(folder / f"{name}.json", (json.dumps(provenance, indent=1) + "\n").encode())
-    return folder / f"{name}.png"
+    write_bytes(path.with_suffix(".json"), (json.dumps(provenance, indent=1) + "\n").encode())
 
 
 def threshold_curve(scores: pd.DataFrame, ax: Axes) -> Axes:
@@ -184,6 +222,39 @@ def threshold_curve(scores: pd.DataFrame, ax: Axes) -> Axes:
         ylabel="Tasks at or above",
     )
     ax.legend(loc="lower left")
+    return ax
+
+
+def interval_points(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Aggregates as points with intervals, the first on top.
+
+    `table` has columns statistic, value, low and high (1.0 = expert).
+    """
+    y = np.arange(len(table))[::-1]
+    ax.hlines(y, 100 * table.low, 100 * table.high, color=_colorblind[0], lw=5, alpha=0.4)
+    ax.plot(100 * table.value, y, "|", ms=11, mew=1.8, color=_colorblind[0])
+    ax.set_yticks(y, table.statistic)
+    ax.tick_params(axis="y", length=0)
+    ax.set(xlim=(min(0, 100 * np.nanmin([*table.low, 0])), 100), ylim=(-0.6, len(table) - 0.4))
+    ax.set(xlabel="% of expert, or of tasks")
+    return ax
+
+
+def performance_profiles(profiles: Mapping[str, pd.DataFrame], ax: Axes) -> Axes:
+    """Share of tasks at or above each score, a curve with its interval for each agent.
+
+    Each table has columns threshold, share, low and high.
+    """
+    for i, (name, table) in enumerate(profiles.items()):
+        x = 100 * table.threshold
+        ax.fill_between(
+            x, 100 * table.low, 100 * table.high, color=_colorblind[i], alpha=0.25, step="mid", lw=0
+        )
+        ax.step(x, 100 * table.share, where="mid", color=_colorblind[i], lw=1.5, label=name)
+    ax.set(xlim=(0, None), ylim=(0, 103), xlabel="Score threshold (% of expert)")
+    ax.set_ylabel("Tasks at or above (%)")
+    if len(profiles) > 1:
+        ax.legend(loc="lower left")
     return ax
 
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import grain
 import gymnasium as gym
 import jax
 import numpy as np
@@ -40,7 +41,13 @@ from gato_lib.config import (
 )
 from gato_lib.embedding import check_text
 from gato_lib.episodes import DataError, Document, Episode, flatten, is_text
-from gato_lib.evaluation import read_references, rollouts
+from gato_lib.evaluation import (
+    Evaluation,
+    Lane,
+    close_environments,
+    read_references,
+    rollouts,
+)
 from gato_lib.files import write_bytes, write_text
 from gato_lib.mixture import (
     PAPER_WEIGHTS,
@@ -56,6 +63,7 @@ from gato_lib.sequence import (
     Tokenizer,
     TokenSequence,
     as_images,
+    count_tokens,
     document_tokens,
     image_layout,
     space_kind,
@@ -99,6 +107,12 @@ class Run:
             pathlib.Path(run_dir) if run_dir else results.REPOSITORY / "experiments/runs" / preset
         )
         return cls(root.absolute(), preset)
+
+    @classmethod
+    def of(cls, folder: str, otherwise: Run) -> Run:
+        """The run in `folder`, whole or from the repository on; `otherwise` where it is empty."""
+        root = results.REPOSITORY / folder
+        return cls(root, root.name) if folder else otherwise
 
     @property
     def data(self) -> pathlib.Path:
@@ -360,25 +374,38 @@ def picture(task: str, seed: int = 0, size: int = 128) -> np.ndarray:
     """What an episode of the task begins with, uint8 (H, W, 3): as the agent sees it if it does."""
     env = domains.make_env(task)
     observation, _ = env.reset(seed=seed)
-    for key, space in flatten(env.observation_space).items():
-        if space_kind(space) == IMAGE:
-            image = as_images(flatten(observation)[key][None], image_layout(space))[0]
-            break
-    else:
-        from gato_lib.domains.rendering import Renderer
-
-        model = env.unwrapped.model
-        names = [model.camera(i).name for i in range(model.ncam)]
-        camera = next((name for name in CAMERAS if name in names), -1)
-        renderer = Renderer(model, size, camera)
-        image = renderer(env.unwrapped.data)
-        renderer.close()
+    with _camera(env, size) as look:
+        image = look(observation)
     env.close()
     return image
 
 
-def prepare(run: Run, config: DataConfig) -> Prepared:
-    """Collect what is missing, tokenize it, and build the mixture. Prints progress."""
+@contextlib.contextmanager
+def _camera(env: Any, size: int) -> Iterator[Callable[[Any], np.ndarray]]:
+    """A function from an observation to an image: the one in it, or one of the scene as it is."""
+    spaces = flatten(env.observation_space)
+    seen = [key for key, space in spaces.items() if space_kind(space) == IMAGE]
+    if seen:
+        layout = image_layout(spaces[seen[0]])
+        yield lambda observation: as_images(flatten(observation)[seen[0]][None], layout)[0]
+        return
+    from gato_lib.domains.rendering import Renderer
+
+    model = env.unwrapped.model
+    names = [model.camera(i).name for i in range(model.ncam)]
+    camera = next((name for name in CAMERAS if name in names), -1)
+    renderer = Renderer(model, size, camera)
+    try:
+        yield lambda observation: renderer(env.unwrapped.data)
+    finally:
+        renderer.close()
+
+
+def prepare(run: Run, config: DataConfig, pieces: TextTokenizer | None = None) -> Prepared:
+    """Collect what is missing, tokenize it, and build the mixture. Prints progress.
+
+    `pieces` are another agent's, for the same ids; without, they are the run's own.
+    """
     wanted = collections(run, config)
     progress = Progress()
     sets = text_sets(config, progress)  # first: what is damaged is told before hours of collecting
@@ -401,9 +428,11 @@ def prepare(run: Run, config: DataConfig) -> Prepared:
         spaces[card["task"]] = recording.observation_space, recording.action_space
         cards.append(card)
     with distributed.writer_first("text"):
-        text = _text_tokenizer(run, config, episodes, sets)
+        text = pieces or _text_tokenizer(run, config, episodes, sets)
     groups: dict[str, dict[str, list[TokenSequence]]] = {}
     content = {}
+    if pieces:  # they decide the ids as imported data does
+        content["pieces"] = hashlib.sha256(pieces.path.read_bytes()).hexdigest()[:8]
     for (task, kept), card in zip(episodes.items(), cards, strict=True):
         tokenizer = Tokenizer(*spaces[task], text, config.discrete_range)
         try:
@@ -621,7 +650,15 @@ def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices:
     _, state, _ = checkpointer.restore(shapes, step)
     checkpointer.close()
     text = TextTokenizer(folder / "text.model") if (folder / "text.model").is_file() else None
-    return Agent(model, state["params"], text, data.context_length, meta.get("lengths"), **choices)
+    return Agent(
+        model,
+        state["params"],
+        text,
+        data.context_length,
+        meta.get("lengths"),
+        data.parallel_actions,
+        **choices,
+    )
 
 
 def find_agent(run: Run, name: str) -> pathlib.Path | None:
@@ -655,15 +692,38 @@ def trained_on(folder: str | os.PathLike) -> TrainedOn:
     return TrainedOn(DataConfig.from_dict(meta["data"]), TrainConfig.from_dict(meta["train"]))
 
 
-def demonstrations(run: Run, config: DataConfig) -> Callable[[str], list[Episode]]:
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Returns `load_agent` of a folder, in whichever process it is called."""
+
+    folder: str
+    checkpoint: str = "latest"
+    choices: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self) -> Agent:
+        return load_agent(self.folder, self.checkpoint, **dict(self.choices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstrations:
+    """Returns a task's kept demonstrations, as they lie in the run's data folder."""
+
+    run: Run
+    data: DataConfig
+
+    def __call__(self, task: str) -> list[Episode]:
+        (item,) = collections(self.run, dataclasses.replace(self.data, tasks=(task,)))
+        return collection.load(item)[0]
+
+
+def demonstrations(run: Run, config: DataConfig) -> Demonstrations:
     """A function from a task to its kept demonstrations, for prompts.
 
     They are collected where they are missing, as after a change of the code that makes them: an
     agent outlives its data.
     """
     collect(run, dataclasses.replace(config, imports=()))  # which are never played
-    items = {c.task: c for c in collections(run, config)}
-    return lambda task: collection.load(items[task])[0]
+    return Demonstrations(run, config)
 
 
 def tiny_agent(run: Run, name: str, seed: int, documents: str = "") -> pathlib.Path:
@@ -694,6 +754,10 @@ def tiny_agent(run: Run, name: str, seed: int, documents: str = "") -> pathlib.P
     return train_agent(run, name, network, fit, prepare(run, data))[0]
 
 
+# What decides what an agent with given parameters does in an episode.
+ACTING_CODE = (*TRAINING_CODE, "agent.py", "evaluation.py")
+
+
 def play(
     run: Run,
     folder: pathlib.Path,
@@ -702,36 +766,85 @@ def play(
     *,
     lanes: int,
     prompt: str,
+    workers: int = 1,
+    checkpoint: str = "latest",
     **choices: Any,
 ) -> pd.DataFrame:
     """Play every task that the agent in `folder` was trained on; prints progress.
 
-    Played episodes are kept beside the agent, so an interrupted evaluation goes on. Raises
-    ConfigError where it was trained on imports or documents alone, which have no simulator.
+    Played episodes are kept beside the agent, so an interrupted evaluation goes on. `choices` are
+    those of `Agent`. Raises ConfigError where it was trained on imports or documents alone, which
+    have no simulator.
     """
     trained = trained_on(folder)
     if not trained.tasks:
         raise ConfigError(
             f"{folder.name}: trained on imports or documents alone, there is nothing to play"
         )
-    code = source_digest(*TRAINING_CODE, "agent.py", "evaluation.py")
-    name = "-".join(["episodes", *map(str, choices.values()), prompt, code])
+    settings = [checkpoint, *(f"{k}_{v}" for k, v in sorted(choices.items())), f"lanes_{lanes}"]
+    name = "-".join(["episodes", prompt, *settings, source_digest(*ACTING_CODE)])
     total, progress, begin, before = episodes * len(trained.tasks), Progress(), time.time(), None
+    evaluation = Evaluation(
+        Loader(str(folder), checkpoint, tuple(sorted(choices.items()))),
+        seed,
+        demonstrations(run, trained.data) if prompt != "none" else None,
+        prompt,
+    )
     for played in rollouts(
-        load_agent(folder, **choices),
+        evaluation,
         trained.tasks,
         episodes,
-        seed,
         folder / f"{name}.csv",
-        lanes,
-        demonstrations(run, trained.data),
-        prompt,
+        lanes=lanes,
+        workers=workers,
     ):
         before = len(played) if before is None else before
         rate = (len(played) - before) / (time.time() - begin + 1e-9)
         left = f", about {duration((total - len(played)) / rate)} left" if rate > 0 else ""
         progress(f"{len(played)} of {total} episodes played{left}", done=len(played) == total)
     return played
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """An episode as it was played: frames uint8 (T + 1, H, W, 3), and how it ended."""
+
+    frames: np.ndarray
+    score: float
+    success: bool
+    steps: int
+
+
+def film(
+    agent: Agent,
+    task: str,
+    seed: int,
+    index: int = 0,
+    *,
+    prompt: str = "none",
+    demonstrations: Callable[[str], Sequence[Episode]] | None = None,
+    size: int = 128,
+    most: int = 48,
+) -> Film:
+    """Play an evaluation episode live and film it: at most so many frames, evenly spread.
+
+    A frame is what the agent sees, or where that is no image, the scene in `size` x `size` pixels.
+    """
+    frames: list[np.ndarray] = []
+    with contextlib.ExitStack() as stack:
+
+        def watch(lanes: Sequence[Lane]) -> None:
+            nonlocal look
+            if look is None:  # not before the reset: it may make another scene
+                look = stack.enter_context(_camera(lanes[0].env, size))
+            frames.append(look(lanes[0].observation))
+
+        look: Callable[[Any], np.ndarray] | None = None
+        evaluation = Evaluation(lambda: agent, seed, demonstrations, prompt)
+        (row,) = evaluation.play(((task, index),), watch)
+    close_environments()
+    chosen = np.unique(np.linspace(0, len(frames) - 1, most).round().astype(int))
+    return Film(np.stack([frames[i] for i in chosen]), row["score"], row["success"], row["steps"])
 
 
 # --- conversation ---------------------------------------------------------------------------------
@@ -852,6 +965,62 @@ def _run_quietly(run: Run, trial: Trial) -> tuple[pd.DataFrame, pd.DataFrame]:
     jax.clear_caches()  # what the worker's last trial compiled is not wanted again
     with contextlib.redirect_stdout(io.StringIO()):
         return run_trial(run, trial)
+
+
+# --- specialists ----------------------------------------------------------------------------------
+
+
+def mixture_domains(config: DataConfig) -> list[str]:
+    """The domains of a mixture, in the order in which `prepare` groups them."""
+    named = [*config.tasks, *(source.name for source in sources(config))]
+    for entry in config.documents:
+        of_user = entry.startswith("{")
+        named.append(importers.Source.load(entry).name if of_user else entry.partition(" ")[0])
+    return list(dict.fromkeys(name.split("/")[0] for name in named))
+
+
+def updates_by_domain(trained: TrainedOn) -> dict[str, int]:
+    """How many updates of a training each domain had, counted in the order of its batches."""
+    names = mixture_domains(trained.data)
+    weights = dict(trained.data.weights)
+    parts = [grain.MapDataset.range(1).repeat().map(lambda _, name=n: name) for n in names]
+    order = grain.MapDataset.mix(parts, weights=[weights.get(n, 1.0) for n in names])
+    drawn = [order[i] for i in range(trained.steps)]
+    return {n: drawn.count(n) for n in names}
+
+
+def specialist(trained: TrainedOn, domain: str, steps: int) -> TrainedOn:
+    """Settings of an agent for one of the domains that `trained` holds; all else is equal.
+
+    Its batches, by number, are those that the generalist has of the domain if both have the same
+    pieces of text. Raises ConfigError.
+    """
+    data = trained.data
+    tasks = tuple(t for t in data.tasks if t.split("/")[0] == domain)
+    if not tasks:
+        raise ConfigError(f"{domain!r}: the generalist was trained on {mixture_domains(data)}")
+    return TrainedOn(
+        dataclasses.replace(
+            data,
+            tasks=tasks,
+            episodes=tuple((d, n) for d, n in data.episodes if d == domain),
+            weights=(),
+            imports=(),
+            documents=(),
+            parallel_actions=tuple(d for d in data.parallel_actions if d == domain),
+        ),
+        dataclasses.replace(
+            trained.train,
+            steps=steps,
+            warmup_steps=min(trained.train.warmup_steps, steps // 2),
+        ),
+    )
+
+
+def tokens_seen(mixture: Mixture, seed: int, updates: int) -> int:
+    """Tokens in the first batches of a training, padding not counted: they are drawn again."""
+    batches = mixture.dataset(seed)
+    return sum(count_tokens(batches[i].batch) for i in range(updates))
 
 
 # --- progress -------------------------------------------------------------------------------------

@@ -86,6 +86,8 @@ ORDER = (
     "sampling",
     "agent",
     "evaluation",
+    "aggregation",
+    "latency",
     "results",
     "plotting",
     "workbook",
@@ -179,6 +181,8 @@ def test_what_presets_publish():
         "ablation",
         "distillation",
         "questions",
+        "acting",
+        "specialists",
     }
     assert "notebooks" in published["laptop"] and "notebooks" not in published["ablation"]
     rows = pathlib.PurePath("results/16_ablations.csv")

@@ -16,10 +16,9 @@ import pytest
 from gato_lib import distributed, domains, evaluation, workbook
 from gato_lib import sequence as sq
 from gato_lib import tokenizers as tk
-from gato_lib.agent import Agent, History
+from gato_lib.agent import Agent
 from gato_lib.checkpoint import Checkpointer
 from gato_lib.config import FINE_TUNING, ConfigError, DataConfig, TrainConfig, model_config
-from gato_lib.embedding import table_row
 from gato_lib.episodes import DataError, Episode, select, stack_observations, validate
 from gato_lib.mixture import (
     PAPER_WEIGHTS,
@@ -487,30 +486,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_source(tmp_path, mixture):
     keeper.close()
 
 
-# --- acting and scoring ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def agent(text):
-    params = initial_state(NETWORK, FIT)["params"]
-    return Agent(NETWORK, params, text, DATA.context_length, continuous="mean")
-
-
-def test_actions_are_legal_and_do_not_depend_on_the_batch(agent):
-    for task in workbook.SMALL_TASKS:
-        env = domains.make_env(task)
-        tokenizer = agent.tokenizer(env)
-        together = [History(s) for s in range(3)]
-        for s, h in enumerate(together):
-            h.observations.append(env.reset(seed=s)[0])
-        actions = agent.act(tokenizer, together)
-        assert all(env.action_space.contains(a) for a in actions)
-        low, high = tokenizer.action_spec.legal_ids.T
-        assert all(((h.action_ids[0] >= low) & (h.action_ids[0] < high)).all() for h in together)
-        alone = History(1)
-        alone.observations.append(env.reset(seed=1)[0])
-        agent.act(tokenizer, [alone])
-        np.testing.assert_array_equal(alone.action_ids[0], together[1].action_ids[0])
+# --- scoring --------------------------------------------------------------------------------------
 
 
 class AnySpaces:
@@ -557,198 +533,11 @@ def test_any_gymnasium_spaces_train_and_act(text, discrete_range):
     mixture = Mixture([group], dataclasses.replace(DATA, discrete_range=discrete_range))
     metrics, params = last(train(network, FIT, mixture))
     assert metrics.loss["t"] < 12
-    agent = Agent(network, jax.tree.map(np.asarray, params), text, 60, continuous="mean")
-    history = History(0)
+    agent = Agent(network, params, text, 60, continuous="mean")
+    player = agent.player(tokenizer, [0])
     for step in range(4):
-        history.observations.append(select(recorded[0], step))
-        (action,) = agent.act(tokenizer, [history])
+        (action,) = player.act([select(recorded[0], step)])
         assert actions.contains(action), action
-        low, high = tokenizer.action_spec.legal_ids.T
-        assert ((history.action_ids[-1] >= low) & (history.action_ids[-1] < high)).all()
-
-
-def test_acting_equals_the_training_forward_pass(text, demonstrations):
-    """Greedy ids are the argmax over legal ids of logits from a batch made as in training."""
-    params = initial_state(NETWORK, FIT)["params"]
-    agent = Agent(NETWORK, params, text, 90, continuous="greedy", discrete="greedy")
-    model = merge(graph_of(NETWORK), params)
-    for task, episodes in demonstrations.items():
-        env = domains.make_env(task)
-        tokenizer = agent.tokenizer(env)
-        history = History(0)
-        episode = episodes[0]
-        for step in range(min(5, episode.steps)):
-            history.observations.append(select(episode.observations, step))
-            agent.act(tokenizer, [history])
-        seq = tokenizer.steps(history.observations, np.stack(history.action_ids))
-        at = seq.offsets
-        first = int(np.searchsorted(at, at[-1] - 90))
-        span = (int(at[first]), int(at[-1]))
-        batch = sq.make_batch(seq, [[span]], 90, 90, 64)
-        hidden = model.hidden(batch)[0]
-        n, (low, high) = tokenizer.action_spec.num_tokens, tokenizer.action_spec.legal_ids[0]
-        for i in range(n):
-            logits = model.embedding.logits(hidden[span[1] - span[0] - n - 1 + i][None])[0]
-            start = low if low < 32000 else 1024
-            chosen = int(np.argmax(logits[start : start + high - low])) + low
-            assert chosen == history.action_ids[-1][i]
-
-
-@pytest.mark.parametrize("discrete_range", ["shared", "own"])
-def test_mixed_actions_are_chosen_token_by_token(text, discrete_range):
-    """Each token among its own legal ids, given those before it: the mean, the mode, or a draw."""
-    observations, actions = AnySpaces.observation_space, AnySpaces.action_space
-    observations.seed(1)
-    network = dataclasses.replace(NETWORK, discrete_range=discrete_range)
-    params = initial_state(network, FIT)["params"]
-    # Sharper than a new network's: otherwise every mean is the middle.
-    params["embedding"]["table"] = params["embedding"]["table"] * 40
-    model = merge(graph_of(network), params)
-    tokenizer = sq.Tokenizer(observations, actions, text, discrete_range)
-    observation = observations.sample()
-    for continuous, discrete in (("mean", "greedy"), ("greedy", "greedy"), ("mean", "sample")):
-        agent = Agent(network, params, text, 60, continuous=continuous, discrete=discrete)
-        history = History(0)
-        history.observations.append(observation)
-        agent.act(tokenizer, [history])
-        chosen = history.action_ids[0]
-        seq = tokenizer.steps([observation], chosen[None])
-        batch = sq.make_batch(seq, [[(0, len(seq))]], len(seq), len(seq), 8)
-        hidden = model.hidden(batch)[0]
-        noise = np.random.default_rng([0, 2]).gumbel(size=(5, 1024))
-        for i, (low, high) in enumerate(tokenizer.action_spec.legal_ids):
-            logits = np.asarray(model.embedding.logits(hidden[len(seq) - 6 + i][None])[0])
-            row = int(table_row(np.int32(low), network))
-            legal = logits[row : row + high - low].astype(np.float64)
-            if i < 3:  # button, button, hold: keys in lexicographic order
-                assert high - low in (2, 3)
-                pick = np.argmax(legal + (noise[i, : high - low] if discrete == "sample" else 0))
-            elif continuous == "mean":
-                p = np.exp(legal - legal.max())
-                pick = round(float(p @ np.arange(1024) / p.sum()))
-            else:
-                pick = np.argmax(legal)
-            assert abs(chosen[i] - (low + pick)) <= (continuous == "mean" and i >= 3), (i, discrete)
-
-
-def test_prompts_stay_at_the_front(agent, demonstrations):
-    task = "babyai/GoToObj"
-    env = domains.make_env(task)
-    tokenizer = agent.tokenizer(env)
-    demonstration = demonstrations[task][0]
-    first = env.reset(seed=0)[0]
-    end = agent.prompt(tokenizer, demonstration, "end", first)
-    start = agent.prompt(tokenizer, demonstration, "start", first)
-    assert len(end[0]) >= 1 and len(end[0]) == len(end[1])
-    np.testing.assert_array_equal(
-        end[0][-1]["image"], demonstration.observations["image"][demonstration.steps - 1]
-    )
-    np.testing.assert_array_equal(start[0][0]["image"], demonstration.observations["image"][0])
-    prompted, plain = History(0, end), History(0)
-    for h in (prompted, plain):
-        for seed in range(6):
-            h.observations.append(env.reset(seed=seed)[0])
-            agent.act(tokenizer, [h])
-    assert len(prompted.action_ids) == 6
-    with pytest.raises(ValueError, match="prompt is 'middle'"):
-        agent.prompt(tokenizer, demonstration, "middle", first)
-
-
-@pytest.mark.parametrize("where", ["start", "end"])
-def test_prompts_leave_room_for_a_longer_instruction(agent, demonstrations, where):
-    task = "babyai/GoToObj"
-    env = domains.make_env(task)
-    tokenizer = agent.tokenizer(env)
-    demonstration = demonstrations[task][0]
-    each = len(tokenizer.episode(demonstration)) // demonstration.steps
-    observation = env.reset(seed=0)[0]
-    observation["mission"] += " and then go to the box"
-    longer = int(tokenizer.steps([observation], np.zeros((1, 1), np.int32)).offsets[-1])
-    assert each < longer < 2 * each
-    for context, prompted in ((2 * each, 0), (longer + each - 1, 0), (longer + each, 1)):
-        tight = Agent(NETWORK, agent.params, agent.text, context)
-        prompt = tight.prompt(tokenizer, demonstration, where, observation)
-        assert len(prompt[0]) == prompted
-        history = History(0, prompt)
-        history.observations.append(observation)
-        tight.act(tokenizer, [history])
-        assert len(history.action_ids) == 1
-
-
-def test_bad_observations_are_refused_while_acting(agent):
-    for task, broken, message in (
-        ("metaworld/drawer-close", np.zeros(38), r"observation has shape \(1, 38\), expected"),
-        ("metaworld/drawer-close", np.full(39, np.nan), "observation holds NaN"),
-        ("metaworld/drawer-close", np.zeros(39, np.int64), "observation has dtype int64"),
-        ("babyai/GoToObj", {"mission": "go"}, r"observation has keys \['mission'\], expected"),
-    ):
-        history = History(0)
-        history.observations.append(broken)
-        with pytest.raises(DataError, match=message):
-            agent.act(agent.tokenizer(domains.make_env(task)), [history])
-
-
-def test_a_timestep_that_does_not_fit_beside_the_prompt_is_refused(agent, demonstrations):
-    task = "babyai/GoToObj"
-    env = domains.make_env(task)
-    tokenizer = agent.tokenizer(env)
-    short = Agent(NETWORK, agent.params, agent.text, 40)
-    observation = env.reset(seed=0)[0]
-    history = History(0, agent.prompt(tokenizer, demonstrations[task][0], "end", observation))
-    history.observations.append(observation)
-    with pytest.raises(ValueError, match="the newest timestep has"):
-        short.act(tokenizer, [history])
-
-
-def test_text_ids_never_reach_the_value_rows(agent):
-    with pytest.raises(ConfigError, match="32000 text pieces, but text_rows is 1024"):
-        Agent(NETWORK, agent.params, tk.TextTokenizer(), 90)
-
-
-def test_unknown_choices_are_refused(agent):
-    with pytest.raises(ValueError, match="continuous is 'best'"):
-        Agent(NETWORK, agent.params, agent.text, 90, continuous="best")
-    with pytest.raises(ValueError, match="discrete is 'mean'"):
-        Agent(NETWORK, agent.params, agent.text, 90, discrete="mean")
-
-
-def test_rollouts_are_reproducible_and_resume(tmp_path, agent, demonstrations):
-    tasks = ("babyai/GoToObj",)
-    kwargs = {"lanes": 2, "demonstrations": lambda t: demonstrations[t], "prompt": "end"}
-    straight = last(evaluation.rollouts(agent, tasks, 3, 0, **kwargs))
-    path = tmp_path / "episodes.csv"
-    cut = evaluation.rollouts(agent, tasks, 3, 0, path, **kwargs)
-    next(cut)
-    cut.close()
-    assert 1 <= len(pd.read_csv(path)) < 3
-    resumed = last(evaluation.rollouts(agent, tasks, 3, 0, path, **kwargs))
-    pd.testing.assert_frame_equal(straight, resumed, check_dtype=False)
-    assert straight["index"].tolist() == [0, 1, 2]
-    last(evaluation.rollouts(agent, tasks, 1, 1, path, **kwargs))  # another seed
-    kept = pd.read_csv(path)
-    assert sorted(zip(kept.seed, kept["index"], strict=True)) == [(0, 0), (0, 1), (0, 2), (1, 0)]
-    with pytest.raises(KeyError, match="unknown task"):
-        next(evaluation.rollouts(agent, ("babyai/Nowhere",), 1, 0))
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"episodes.csv: not a table of played episodes"):
-        next(evaluation.rollouts(agent, tasks, 1, 0, path, **kwargs))
-
-
-def test_tasks_of_a_domain_with_other_spaces_act_in_batches_of_their_own(agent):
-    tasks = ("sokoban/8x8-2", "dmlab/Sign", "dmlab/OneRoom", "sokoban/10x10-4", "dmlab/Hallway")
-    batches = list(evaluation._batches(tasks, 1, 1, set()))
-    assert [[lane.task for lane in batch] for batch in batches] == [
-        ["sokoban/8x8-2"],
-        ["sokoban/10x10-4"],
-        ["dmlab/Sign"],
-        ["dmlab/OneRoom", "dmlab/Hallway"],
-    ]
-    for batch in batches:
-        for lane in batch:
-            lane.env.close()
-    long = Agent(NETWORK, agent.params, agent.text, 120)
-    played = last(evaluation.rollouts(long, ("dmlab/Sign", "dmlab/MazeS2"), 1, 0, lanes=1))
-    assert played.task.tolist() == ["dmlab/MazeS2", "dmlab/Sign"] and (played.steps > 0).all()
 
 
 def test_normalized_score():
@@ -780,6 +569,56 @@ def test_score_table_and_domain_means():
     assert mean["domain"] == "babyai" and mean["mean"] == pytest.approx(0.5) and mean["n"] == 1
     low, high = evaluation.bootstrap([np.ones(5), np.zeros(5)])
     assert low == high == 0.5
+
+
+def test_difference_is_by_episode():
+    played = pd.DataFrame(
+        {
+            "task": ["babyai/Open"] * 3 + ["metaworld/reach"] * 3,
+            "seed": 0,
+            "index": [0, 1, 2] * 2,
+            "score": [0.1, 0.5, 0.9, 0.0, 1.0, 0.0],
+        }
+    )
+    references = pd.DataFrame(
+        {"random": [0.1, 0.0], "expert": [0.9, 1.0], "sound": [True, True]},
+        index=["babyai/Open", "metaworld/reach"],
+    )
+    better = played.assign(score=played.score + np.repeat([0.08, 1.0, 0.0], [3, 1, 2]))[::-1]
+    table = evaluation.difference(better, played, references).set_index("domain")
+    assert table["mean"].to_dict() == pytest.approx(
+        {"all": (0.1 + 1 / 3) / 2, "babyai": 0.1, "metaworld": 1 / 3}
+    )
+    assert table.low["babyai"] == pytest.approx(0.1) == table.high["babyai"]
+    assert table.low["metaworld"] == 0.0 and table.n.to_dict()["all"] == 2
+    unsound = references.assign(sound=[False, True])
+    assert set(evaluation.difference(better, played, unsound).domain) == {"all", "metaworld"}
+    with pytest.raises(ValueError, match="different episodes"):
+        evaluation.difference(better.iloc[1:], played, references)
+
+
+def test_episodes_become_rows_and_back():
+    played = pd.DataFrame(
+        {
+            "task": ["a/x", "a/x", "b/y"],
+            "seed": 3,
+            "index": [0, 10, 0],
+            "score": [0.5, -1.0, 2.0],
+            "success": [True, False, True],
+            "steps": [7, 500, 1],
+        }
+    )
+    rows = pd.concat(
+        [
+            played.assign(
+                metric=[f"{m} {i}" for i in played["index"]], value=played[m].astype(float)
+            )
+            for m in ("steps", "score", "success")
+        ]
+    )
+    pd.testing.assert_frame_equal(evaluation.episodes_of(rows), played)
+    with pytest.raises(DataError, match="episode 0 of b/y, seed 3: score"):
+        evaluation.episodes_of(rows[:-1])
 
 
 def test_references_measured_now_agree_with_the_committed_ones():

@@ -67,6 +67,14 @@ def test_pictures_of_tasks_that_are_seen_and_that_are_not():
         np.testing.assert_array_equal(image, workbook.picture(task, size=32))
 
 
+def test_runs_by_their_folder(tmp_path):
+    run = workbook.Run.at(str(tmp_path), "smoke")
+    assert workbook.Run.of("", run) is run
+    other = workbook.Run.of("experiments/runs/laptop", run)
+    assert other == workbook.Run.at("", "laptop")
+    assert workbook.Run.of(str(tmp_path / "x"), run).root == tmp_path / "x"
+
+
 def test_a_tiny_agent_is_for_smoke_runs_only(tmp_path):
     with pytest.raises(ConfigError, match="run 04_training at 'laptop' first"):
         workbook.tiny_agent(Run(tmp_path, "laptop"), "generalist", 0)
