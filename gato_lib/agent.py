@@ -33,6 +33,7 @@ from gato_lib import tokenizers
 from gato_lib.config import ModelConfig
 from gato_lib.embedding import check_text, table_row
 from gato_lib.episodes import Episode, check_observation, select
+from gato_lib.model import Gato
 from gato_lib.sequence import (
     ACTION,
     ACTION_POSITION,
@@ -190,8 +191,7 @@ class Player:
         ]
         self._log_p = np.zeros((0, 0), np.float32)
         self._spec = _Spec.of(agent, tokenizer)
-        self._graph = graph_of(agent.config)
-        self._cache = _empty(self._graph, agent.params, len(self._rows), agent.span)
+        self._cache = _empty(agent.config, agent.params, len(self._rows), agent.span)
         prompted = {i: row.prompt for i, row in enumerate(self._rows) if len(row.prompt[0])}
         self._feed(prompted)
         for row in self._rows:
@@ -248,7 +248,6 @@ class Player:
             noise[i] = draws * sampled[:, None]
         mean = spec.continuous & (agent.continuous == "mean")
         ids, log_p, self._cache = _act(
-            self._graph,
             agent.config,
             agent.parallel,
             spec.ranges,
@@ -325,7 +324,12 @@ class Player:
             length = -(-length // 8) * 8  # few shapes are compiled
             batch, counts = self._batch(seq, [[span] for span in piece], len(rows), length)
             cache = self._cache._replace(lengths=self._lengths())
-            self._cache = _extend(self._graph, self.agent.params, batch, cache, rows, counts)
+            # Later slots are empty: most of them are left out.
+            most = max(self._rows[i].cached for i in steps) + length
+            most = min(-(-most // PIECE) * PIECE, self.agent.span)
+            self._cache = _extend(
+                self.agent.config, most, self.agent.params, batch, cache, rows, counts
+            )
             for i, count in zip(steps, counts, strict=False):
                 self._rows[i].cached += int(count)
 
@@ -422,9 +426,16 @@ class _Spec(NamedTuple):
 # --- compiled -------------------------------------------------------------------------------------
 
 
+# A configuration is hashed at every call, and quickly; the graph it stands for is not.
+
+
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _empty(graph, params, rows: int, slots: int) -> Cache:
-    return merge(graph, params).transformer.empty_cache(rows, slots)
+def _empty(config, params, rows: int, slots: int) -> Cache:
+    return _model(config, params).transformer.empty_cache(rows, slots)
+
+
+def _model(config: ModelConfig, params: Any) -> Gato:
+    return merge(graph_of(config), params)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -437,20 +448,27 @@ def _take(cache: Cache, rows) -> Cache:
     return cache.rows(rows)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _extend(graph, params, batch: Batch, cache: Cache, rows, counts) -> Cache:
-    """The cache with more tokens in some of its rows; a row past the last is none."""
-    model = merge(graph, params)
-    some = cache.rows(jnp.minimum(rows, cache.lengths.shape[0] - 1))
-    _, some = model.extend(batch, some, counts)
-    put = lambda old, new: tuple(  # noqa: E731
-        x.at[rows].set(y, mode="drop") for x, y in zip(old, new, strict=True)
-    )
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _extend(config, most: int, params, batch: Batch, cache: Cache, rows, counts) -> Cache:
+    """The cache with more tokens in some of its rows, none past slot `most`.
+
+    A row past the last is none.
+    """
+    index = jnp.minimum(rows, cache.lengths.shape[0] - 1)
+    cut = lambda leaves: tuple(x[index, :, :most] for x in leaves)  # noqa: E731
+    distances = tuple(x[:, :most] for x in cache.distances)
+    some = Cache(cut(cache.keys), cut(cache.values), distances, cache.lengths[index])
+    _, some = _model(config, params).extend(batch, some, counts)
+
+    def put(old, new):
+        pairs = zip(old, new, strict=True)
+        return tuple(x.at[rows, :, :most].set(y, mode="drop") for x, y in pairs)
+
     return cache._replace(keys=put(cache.keys, some.keys), values=put(cache.values, some.values))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
-def _act(graph, config, parallel, ranges, params, batch: Batch, cache: Cache, counts, noise, mean):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def _act(config, parallel, ranges, params, batch: Batch, cache: Cache, counts, noise, mean):
     """Read a batch and choose A ids a row, each given those before it, or all in one pass.
 
     Args:
@@ -460,7 +478,7 @@ def _act(graph, config, parallel, ranges, params, batch: Batch, cache: Cache, co
 
     Returns ids (B, A), their log-probabilities (B, A), and the cache.
     """
-    model = merge(graph, params)
+    model = _model(config, params)
     layers = model.transformer.layers()
     rows, actions, width = noise.shape
     # Table rows that are legal for some token, and where among these each token's begin.
