@@ -23,6 +23,7 @@ from gato_lib.config import ConfigError, TrainConfig, model_config
 from gato_lib.embedding import table_row
 from gato_lib.episodes import DataError, select
 from gato_lib.evaluation import Evaluation, batches, rollouts
+from gato_lib.latency import full_pass
 from gato_lib.training import graph_of, initial_state, merge
 
 NETWORK = model_config(
@@ -96,25 +97,6 @@ def whole(graph, params, batch):
     model = merge(graph, params)
     hidden = model.hidden(batch)
     return model.embedding.logits(hidden.reshape(-1, hidden.shape[-1]))
-
-
-def full_pass(player, row):
-    """Log-probabilities of the latest action, from one forward pass over all of the window."""
-    agent, seq = player.agent, player.window(row)
-    length = len(seq)
-    padded = -(-length // 32) * 32
-    patches = -(-len(seq.patches) // 16) * 16
-    batch = sq.make_batch(seq, [[(0, length)]], padded, padded, patches, parallel=agent.parallel)
-    logits = np.asarray(whole(graph_of(agent.config), agent.params, batch), np.float64)
-    spec = player.tokenizer.action_spec
-    out = []
-    for i, (low, high) in enumerate(spec.legal_ids):
-        legal = logits[length - spec.num_tokens - 1 + i]
-        first = int(table_row(np.int32(low), agent.config))
-        legal = legal[first : first + high - low]
-        chosen = seq.ids[length - spec.num_tokens + i] - low
-        out.append(legal[chosen] - np.logaddexp.reduce(legal))
-    return np.array(out)
 
 
 # --- cached equals uncached -----------------------------------------------------------------------
