@@ -307,8 +307,18 @@ class Run:
             library_digest(),
             [self.state(n) for n in self.table[name].needs],
             {i: self._digest(i) for i in self.table[name].inputs},
+            self._other_agent(name),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _other_agent(self, name: str) -> str | None:
+        """Which agent of another run the notebook is about, where it is about one."""
+        values = self.parameters[name]
+        if not values.get("agents_run"):
+            return None
+        agents = ROOT / pathlib.Path(values["agents_run"]).expanduser() / "agents"
+        pointer = agents / f"{values.get('agent_name', 'generalist')}.json"
+        return pointer.read_text() if pointer.is_file() else None
 
     def _digest(self, name: str) -> str | None:
         """sha256 of a committed file; None where there is none.

@@ -98,6 +98,8 @@ class Agent:
             raise ValueError(f"keep is {keep}, expected a number in (0, 1]")
         if memory < 0:
             raise ValueError(f"memory is {memory}, expected 0 or more tokens")
+        if memory and config.sequence_positions == "sinusoidal":
+            raise ValueError("memory needs positions that are relative: cached keys keep theirs")
         check_text(config, text)
         self.config, self.text = config, text
         self.params = jax.tree.map(jnp.asarray, params)
@@ -135,7 +137,8 @@ class Agent:
             raise ValueError(f"prompt is {where!r}, expected 'start' or 'end'")
         seq = tokenizer.episode(demonstration)
         step = int(tokenizer.steps([observation], _blank(tokenizer)[None]).offsets[-1])
-        room = min(self.context_length // 2, max(self.context_length - step, 0))
+        most = min(self.context_length, self.span)
+        room = min(self.context_length // 2, max(most - step, 0))
         if where == "start":
             chosen = range(int(np.searchsorted(seq.offsets, room, side="right")) - 1)
         else:
@@ -276,8 +279,9 @@ class Player:
             room = agent.span - row.prompt_tokens
             if new > room:
                 raise ValueError(
-                    f"the newest timestep has {new} tokens, context_length {agent.span} leaves "
-                    f"{room} beside the prompt"
+                    f"the newest timestep has {new} tokens, "
+                    f"{'memory' if agent.memory else 'context_length'} {agent.span} leaves {room} "
+                    "beside the prompt"
                 )
             if sum(row.sizes) + new <= room:
                 continue
@@ -495,7 +499,8 @@ def _act(config, parallel, ranges, params, batch: Batch, cache: Cache, counts, n
         logits = jax.lax.dynamic_slice_in_dim(logits, begin[i], width, axis=1)
         logits = jnp.where(number[None] < legal_count[i], logits, -jnp.inf)
         p = jax.nn.softmax(logits, axis=-1)
-        average = jnp.round(p @ number.astype(jnp.float32)).astype(jnp.int32)
+        # Not a product of matrices, which some devices round to bfloat16.
+        average = jnp.round((p * number[None]).sum(axis=-1)).astype(jnp.int32)
         mode = jnp.argmax(logits + noise[:, i], axis=-1).astype(jnp.int32)
         pick = jnp.where(mean[i], average, mode)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), pick[:, None], axis=1)[:, 0]

@@ -99,6 +99,8 @@ def by_domain(
         if tasks:
             table = aggregates(group, references, seed, resamples)
             tables.append(table.assign(domain=domain, tasks=tasks))
+    if not tables:
+        raise ValueError("no task with a sound expert was played")
     return pd.concat(tables, ignore_index=True)
 
 

@@ -184,9 +184,10 @@ def rollouts(
 
     Up to `lanes` episodes are played in one batch, and `workers` batches at a time, on a core each;
     one worker is this process, on all cores. Which episodes share a batch is settled beforehand and
-    depends on tasks, episodes and lanes alone, so that a second evaluation gives the same rows to
-    the last digit. With `path`, finished episodes are kept there, a batch at a time, and a second
-    call goes on from them: a batch that was cut short is played again from its beginning.
+    depends on tasks, episodes and lanes alone, so that a second evaluation with these gives the
+    same rows to the last digit. With `path`, finished episodes are kept there, a batch at a time,
+    and a second call goes on from them: a batch that was cut short is played again from its
+    beginning.
 
     Raises KeyError for an unknown task and DataError where `path` holds no such table.
     """
@@ -421,7 +422,7 @@ def domain_means(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0
         low, high = bootstrap(units, seed)
         mean = float(np.mean([u.mean() for u in units]))
         rows.append({"domain": domain, "mean": mean, "low": low, "high": high, "n": len(units)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["domain", "mean", "low", "high", "n"])
 
 
 def bootstrap(
@@ -451,7 +452,7 @@ def difference(
     scale = (references.expert - references.random).where(references.sound)
     gain = (one.score - other.score) / scale.reindex(one.task).to_numpy()
     by_task = {task: g.to_numpy() for task, g in gain.dropna().groupby(one.task)}
-    groups = {"all": list(by_task.values())}
+    groups = {"all": list(by_task.values())} if by_task else {}
     for task, gains in by_task.items():
         groups.setdefault(domains.TASKS[task].domain, []).append(gains)
     rows = []
@@ -459,4 +460,4 @@ def difference(
         low, high = bootstrap(gains, seed)
         mean = float(np.mean([g.mean() for g in gains]))
         rows.append({"domain": domain, "mean": mean, "low": low, "high": high, "n": len(gains)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["domain", "mean", "low", "high", "n"])

@@ -235,7 +235,8 @@ def interval_points(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.plot(100 * table.value, y, "|", ms=11, mew=1.8, color=_colorblind[0])
     ax.set_yticks(y, table.statistic)
     ax.tick_params(axis="y", length=0)
-    ax.set(xlim=(min(0, 100 * np.nanmin([*table.low, 0])), 100), ylim=(-0.6, len(table) - 0.4))
+    ends = 100 * np.array([0.0, 1.0, table.low.min(), table.high.max()])
+    ax.set(xlim=(np.nanmin(ends), np.nanmax(ends)), ylim=(-0.6, len(table) - 0.4))
     ax.set(xlabel="% of expert, or of tasks")
     return ax
 

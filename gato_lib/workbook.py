@@ -111,7 +111,7 @@ class Run:
     @classmethod
     def of(cls, folder: str, otherwise: Run) -> Run:
         """The run in `folder`, whole or from the repository on; `otherwise` where it is empty."""
-        root = results.REPOSITORY / folder
+        root = results.REPOSITORY / pathlib.Path(folder).expanduser()
         return cls(root, root.name) if folder else otherwise
 
     @property
@@ -694,11 +694,15 @@ def trained_on(folder: str | os.PathLike) -> TrainedOn:
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Returns `load_agent` of a folder, in whichever process it is called."""
+    """Returns `load_agent` of a folder, in whichever process it is called.
+
+    `step` is the checkpoint's: two loaders are equal if they load the same parameters.
+    """
 
     folder: str
     checkpoint: str = "latest"
     choices: tuple[tuple[str, Any], ...] = ()
+    step: int = 0
 
     def __call__(self) -> Agent:
         return load_agent(self.folder, self.checkpoint, **dict(self.choices))
@@ -755,7 +759,7 @@ def tiny_agent(run: Run, name: str, seed: int, documents: str = "") -> pathlib.P
 
 
 # What decides what an agent with given parameters does in an episode.
-ACTING_CODE = (*TRAINING_CODE, "agent.py", "evaluation.py")
+ACTING_CODE = (*TRAINING_CODE, "agent.py", "collection.py", "evaluation.py")
 
 
 def play(
@@ -781,11 +785,18 @@ def play(
         raise ConfigError(
             f"{folder.name}: trained on imports or documents alone, there is nothing to play"
         )
-    settings = [checkpoint, *(f"{k}_{v}" for k, v in sorted(choices.items())), f"lanes_{lanes}"]
-    name = "-".join(["episodes", prompt, *settings, source_digest(*ACTING_CODE)])
+    checkpointer = Checkpointer(folder, read_meta(folder), read_only=True)
+    best = checkpointer.best() if checkpoint == "best" else None
+    step = best or checkpointer.latest() or 0
+    checkpointer.close()
+    simulators = {domains.domain_of(t).code for t in trained.tasks}
+    code = source_digest(*ACTING_CODE) + "".join(sorted(simulators))
+    code = hashlib.sha256(code.encode()).hexdigest()[:8]
+    settings = [f"{k}_{v}" for k, v in sorted(choices.items())]
+    name = "-".join(["episodes", prompt, *settings, f"lanes_{lanes}", f"step_{step}", code])
     total, progress, begin, before = episodes * len(trained.tasks), Progress(), time.time(), None
     evaluation = Evaluation(
-        Loader(str(folder), checkpoint, tuple(sorted(choices.items()))),
+        Loader(str(folder), checkpoint, tuple(sorted(choices.items())), step),
         seed,
         demonstrations(run, trained.data) if prompt != "none" else None,
         prompt,

@@ -182,6 +182,16 @@ def test_memory_is_exact_for_one_layer_only(make_agent, prompted):
         assert (errors[4:].max() < 2e-4) == (depth == 1), (depth, errors)
 
 
+def test_cached_equals_uncached_in_bfloat16(make_agent):
+    """Tolerance: 8 bits of mantissa."""
+    env = domains.make_env("metaworld/drawer-close")
+    agent = make_agent(dataclasses.replace(NETWORK, compute_dtype="bfloat16"))
+    player = agent.player(agent.tokenizer(env), [0])
+    for seed in range(5):
+        player.act([env.reset(seed=seed)[0]])
+        np.testing.assert_allclose(player.log_p[0], full_pass(player, 0), atol=0.3)
+
+
 def test_memory_that_holds_an_episode_equals_a_context_that_does(make_agent):
     env = domains.make_env("metaworld/drawer-close")
     players = [
@@ -300,6 +310,9 @@ def test_bad_settings_are_refused(make_agent):
     ):
         with pytest.raises(ValueError, match=message):
             make_agent(**settings)
+    sinusoidal = dataclasses.replace(NETWORK, sequence_positions="sinusoidal")
+    with pytest.raises(ValueError, match="memory needs positions that are relative"):
+        make_agent(sinusoidal, memory=100)
     with pytest.raises(ConfigError, match="32000 text pieces, but text_rows is 1024"):
         Agent(NETWORK, trained_like(NETWORK), tk.TextTokenizer(), 90)
 

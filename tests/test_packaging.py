@@ -518,6 +518,21 @@ def test_runs_what_is_not_up_to_date(workbook, capsys):
     assert workbook.stale() == []
 
 
+def test_of_another_runs_agent_nothing_is_made_but_it_is_watched(workbook):
+    write_notebook(
+        workbook.root / "notebooks/second.ipynb", SECOND + '\nagents_run: str = ""', "x = 1"
+    )
+    assert workbook.plan(notebook=["second"])[2] == ["first", "second"]
+    options = {"notebook": ["second"], "set": ["agents_run=experiments/runs/big"]}
+    run, _, names = workbook.plan(**options)
+    assert names == ["second"]
+    before = run.fingerprint("second")
+    pointer = workbook.root / "experiments/runs/big/agents/generalist.json"
+    pointer.parent.mkdir(parents=True)
+    pointer.write_text('{"folder": "generalist-1"}')
+    assert run.fingerprint("second") != before
+
+
 def test_committed_inputs_count(workbook):
     workbook.table(inputs=["experiments/results/input.csv"])
     (run, _, _), seen = workbook.plan(), []
