@@ -102,8 +102,10 @@ def whole(graph, params, batch):
 # --- cached equals uncached -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize(
+    ("keep", "parallel"),
+    [(0.5, False), (0.5, True), (1.0, False), pytest.param(1.0, True, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", ["metaworld/drawer-close", "babyai/GoToObj", "everything"])
 def test_cached_equals_uncached_over_episodes_longer_than_the_context(
     make_agent, demonstrations, name, keep, parallel
