@@ -7,13 +7,13 @@ import dataclasses
 import functools
 import json
 
-import gymnasium as gym
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+from any_spaces import AnySpaces
 
 from gato_lib import domains, evaluation, plotting, workbook
 from gato_lib import sequence as sq
@@ -58,34 +58,11 @@ def make_agent(text):
     return make
 
 
-class Everything:
-    """Stands for an environment nobody wrote code for: every kind of space, nested."""
-
-    observation_space = gym.spaces.Dict(
-        {
-            "camera": gym.spaces.Box(0, 255, (20, 16, 3), np.uint8),
-            "depth": gym.spaces.Box(0, 255, (16, 16), np.uint8),
-            "arm": gym.spaces.Tuple(
-                [gym.spaces.Box(-9, 9, (3,), np.float32), gym.spaces.MultiBinary(2)]
-            ),
-            "words": gym.spaces.Text(8, charset="abc"),
-            "where": gym.spaces.MultiDiscrete([4, 5], start=[-2, 0]),
-        }
-    )
-    action_space = gym.spaces.Dict(
-        {
-            "move": gym.spaces.Box(-2, 3, (2,), np.float32),
-            "button": gym.spaces.MultiDiscrete([3, 2]),
-            "hold": gym.spaces.Discrete(2, start=1),
-        }
-    )
-
-
 def spaces_and_observations(name, steps, demonstrations):
-    """What an episode of the task shows, more of it than the context holds; or of `Everything`."""
+    """What an episode of the task shows, again and again; or any of `AnySpaces`."""
     if name == "everything":
-        Everything.observation_space.seed(3)
-        return Everything, [Everything.observation_space.sample() for _ in range(steps)]
+        AnySpaces.observation_space.seed(3)
+        return AnySpaces, [AnySpaces.observation_space.sample() for _ in range(steps)]
     env = domains.make_env(name)
     shown = demonstrations[name][0].observations
     several = len(jax.tree.leaves(shown)[0])
@@ -250,7 +227,7 @@ def test_actions_are_legal_and_do_not_depend_on_the_batch(make_agent):
 @pytest.mark.parametrize("discrete_range", ["shared", "own"])
 def test_mixed_actions_are_chosen_token_by_token(make_agent, discrete_range):
     """Each token among its own legal ids, given those before it: the mean, the mode, or a draw."""
-    observations = Everything.observation_space
+    observations = AnySpaces.observation_space
     observations.seed(1)
     network = dataclasses.replace(NETWORK, discrete_range=discrete_range)
     for continuous, discrete, heat in (
@@ -260,7 +237,7 @@ def test_mixed_actions_are_chosen_token_by_token(make_agent, discrete_range):
         ("sample", "sample", 0.3),
     ):
         agent = make_agent(network, continuous=continuous, discrete=discrete, temperature=heat)
-        tokenizer = agent.tokenizer(Everything)
+        tokenizer = agent.tokenizer(AnySpaces)
         player = agent.player(tokenizer, [0])
         player.act([observations.sample()])
         (chosen,) = player.action_ids

@@ -7,11 +7,11 @@ import dataclasses
 import itertools
 import json
 
-import gymnasium as gym
 import jax
 import numpy as np
 import pandas as pd
 import pytest
+from any_spaces import AnySpaces
 
 from gato_lib import distributed, domains, evaluation, workbook
 from gato_lib import sequence as sq
@@ -487,28 +487,6 @@ def test_a_loss_that_is_not_finite_stops_with_its_source(tmp_path, mixture):
 
 
 # --- scoring --------------------------------------------------------------------------------------
-
-
-class AnySpaces:
-    """Stands for an environment nobody wrote code for: every kind of space, nested."""
-
-    observation_space = gym.spaces.Dict(
-        {
-            "camera": gym.spaces.Box(0, 255, (20, 16, 3), np.uint8),
-            "arm": gym.spaces.Tuple(
-                [gym.spaces.Box(-9, 9, (3,), np.float32), gym.spaces.MultiBinary(2)]
-            ),
-            "words": gym.spaces.Text(8, charset="abc"),
-            "where": gym.spaces.MultiDiscrete([4, 5], start=[-2, 0]),
-        }
-    )
-    action_space = gym.spaces.Dict(
-        {
-            "move": gym.spaces.Box(-2, 3, (2,), np.float32),
-            "button": gym.spaces.MultiDiscrete([3, 2]),
-            "hold": gym.spaces.Discrete(2, start=1),
-        }
-    )
 
 
 @pytest.mark.parametrize("discrete_range", ["shared", "own"])
