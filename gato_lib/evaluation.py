@@ -417,6 +417,11 @@ def domain_means(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0
         if r["sound"]:
             unit = normalized_score(group.score.to_numpy(float), r["random"], r["expert"])
             strata.setdefault(domains.TASKS[task].domain, []).append(unit)
+    return _means(strata, seed)
+
+
+def _means(strata: dict[str, list[np.ndarray]], seed: int) -> pd.DataFrame:
+    """Mean and 95 % interval over each domain's tasks; n is their number."""
     rows = []
     for domain, units in strata.items():
         low, high = bootstrap(units, seed)
@@ -455,9 +460,4 @@ def difference(
     groups = {"all": list(by_task.values())} if by_task else {}
     for task, gains in by_task.items():
         groups.setdefault(domains.TASKS[task].domain, []).append(gains)
-    rows = []
-    for domain, gains in groups.items():
-        low, high = bootstrap(gains, seed)
-        mean = float(np.mean([g.mean() for g in gains]))
-        rows.append({"domain": domain, "mean": mean, "low": low, "high": high, "n": len(gains)})
-    return pd.DataFrame(rows, columns=["domain", "mean", "low", "high", "n"])
+    return _means(groups, seed)
