@@ -177,7 +177,7 @@ class _Row:
 
 
 class Player:
-    """Acts in a batch of episodes, which may have begun at different times.
+    """Acts in a batch of episodes that begin together and may end apart (`only`).
 
     What is chosen in one episode depends on its seed, its prompt and what was observed in it, and
     not on the others, but for float rounding.
@@ -192,8 +192,8 @@ class Player:
             _Row(np.random.default_rng([seed, 2]), prompt or ([], []))
             for seed, prompt in zip(seeds, prompts, strict=True)
         ]
-        self._log_p = np.zeros((0, 0), np.float32)
         self._spec = _Spec.of(agent, tokenizer)
+        self._log_p = np.zeros((len(self._rows), self._spec.count), np.float32)
         self._cache = _empty(agent.config, agent.params, len(self._rows), agent.span)
         prompted = {i: row.prompt for i, row in enumerate(self._rows) if len(row.prompt[0])}
         self._feed(prompted)
