@@ -21,7 +21,7 @@ import pandas as pd
 import scipy.stats
 
 from gato_lib import domains
-from gato_lib.evaluation import normalized_score
+from gato_lib.evaluation import normalized_episodes, resampled_means
 
 # App. L's Table 8: mean normalised score of a domain, 1.0 is the expert. DM Lab and Atari are
 # stated in the paper's text; the others are recalled, most surely BabyAI and Meta-World.
@@ -52,35 +52,24 @@ AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def normalized_episodes(played: pd.DataFrame, references: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Normalised score of every episode, by task, of tasks with a sound expert only.
+def _means(
+    played: pd.DataFrame, references: pd.DataFrame, seed: int, resamples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tasks' means, (tasks,), and with episodes drawn anew within each task, (resamples, tasks).
 
-    Raises ValueError where there is none.
+    Raises ValueError where no task has a sound expert.
     """
-    out = {}
-    for task, group in played.groupby("task", sort=False):
-        r = references.loc[task]
-        if r["sound"]:
-            out[task] = normalized_score(group.score.to_numpy(float), r["random"], r["expert"])
-    if not out:
+    episodes = list(normalized_episodes(played, references).values())
+    if not episodes:
         raise ValueError("no task with a sound expert was played")
-    return out
-
-
-def _drawn(episodes: dict[str, np.ndarray], seed: int, resamples: int) -> np.ndarray:
-    """Tasks' means with episodes drawn anew within each task, float64 (resamples, tasks)."""
-    rng = np.random.default_rng(seed)
-    draw = lambda x: x[rng.integers(len(x), size=(resamples, len(x)))]  # noqa: E731
-    return np.stack([draw(x).mean(axis=1) for x in episodes.values()], axis=1)
+    return np.array([x.mean() for x in episodes]), resampled_means(episodes, seed, resamples).T
 
 
 def aggregates(
     played: pd.DataFrame, references: pd.DataFrame, seed: int = 0, resamples: int = 2000
 ) -> pd.DataFrame:
     """One row for each of `AGGREGATES`: statistic, value, low, high (95 %)."""
-    episodes = normalized_episodes(played, references)
-    drawn = _drawn(episodes, seed, resamples)
-    means = np.array([x.mean() for x in episodes.values()])
+    means, drawn = _means(played, references, seed, resamples)
     rows = []
     for name, function in AGGREGATES.items():
         low, high = np.percentile(function(drawn), [2.5, 97.5])
@@ -95,8 +84,7 @@ def by_domain(
     names = played.task.map(lambda task: domains.TASKS[task].domain)
     tables = []
     for domain, group in played.groupby(names, sort=False):
-        tasks = group.task[references.sound.reindex(group.task).to_numpy(bool)].nunique()
-        if tasks:
+        if tasks := len(normalized_episodes(group, references)):
             table = aggregates(group, references, seed, resamples)
             tables.append(table.assign(domain=domain, tasks=tasks))
     if not tables:
@@ -115,9 +103,7 @@ def performance_profile(
 
     At or above, as Figure 5 counts.
     """
-    episodes = normalized_episodes(played, references)
-    drawn = _drawn(episodes, seed, resamples)
-    means = np.array([x.mean() for x in episodes.values()])
+    means, drawn = _means(played, references, seed, resamples)
     at_least = lambda x, t: (x >= t - ROUNDING).mean(axis=-1)  # noqa: E731
     above = np.stack([at_least(drawn, t) for t in thresholds], axis=1)
     low, high = np.percentile(above, [2.5, 97.5], axis=0)

@@ -412,12 +412,19 @@ def domain_means(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0
     The interval resamples episodes within each task.
     """
     strata: dict[str, list[np.ndarray]] = {}
-    for task, group in episodes.groupby("task"):
+    for task, unit in sorted(normalized_episodes(episodes, references).items()):
+        strata.setdefault(domains.TASKS[task].domain, []).append(unit)
+    return _means(strata, seed)
+
+
+def normalized_episodes(played: pd.DataFrame, references: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Normalised score of every episode, by task, of tasks with a sound expert only."""
+    out = {}
+    for task, group in played.groupby("task", sort=False):
         r = references.loc[task]
         if r["sound"]:
-            unit = normalized_score(group.score.to_numpy(float), r["random"], r["expert"])
-            strata.setdefault(domains.TASKS[task].domain, []).append(unit)
-    return _means(strata, seed)
+            out[task] = normalized_score(group.score.to_numpy(float), r["random"], r["expert"])
+    return out
 
 
 def _means(strata: dict[str, list[np.ndarray]], seed: int) -> pd.DataFrame:
@@ -434,12 +441,15 @@ def bootstrap(
     strata: Sequence[np.ndarray], seed: int = 0, resamples: int = 2000
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean over strata of each stratum's mean."""
-    rng = np.random.default_rng(seed)
-    means = np.mean(
-        [x[rng.integers(len(x), size=(resamples, len(x)))].mean(axis=1) for x in strata], axis=0
-    )
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high = np.percentile(resampled_means(strata, seed, resamples).mean(axis=0), [2.5, 97.5])
     return float(low), float(high)
+
+
+def resampled_means(strata: Sequence[np.ndarray], seed: int, resamples: int) -> np.ndarray:
+    """Each stratum's mean with its values drawn anew, float64 (strata, resamples)."""
+    rng = np.random.default_rng(seed)
+    draw = lambda x: x[rng.integers(len(x), size=(resamples, len(x)))]  # noqa: E731
+    return np.stack([draw(x).mean(axis=1) for x in strata])
 
 
 def difference(

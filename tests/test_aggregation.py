@@ -65,7 +65,7 @@ def test_scales_and_tasks_without_one():
     references.loc[TASKS[1], "sound"] = False
     played = episodes(np.array([[0.75, 9.0], [1.0, 9.0], [1.0, 9.0]]))  # other numbers of episodes
     played = pd.concat([played, episodes(np.array([[0.5]]), TASKS[2:])])
-    units = aggregation.normalized_episodes(played, references)
+    units = evaluation.normalized_episodes(played, references)
     assert {t: u.tolist() for t, u in units.items()} == {
         TASKS[0]: [0.5, 1.0, 1.0],
         TASKS[2]: [0.0],
