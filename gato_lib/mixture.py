@@ -54,11 +54,12 @@ PAPER_WEIGHTS: dict[str, tuple[str, float]] = {
     "vqav2": ("VQAv2", 0.67),
 }
 
-# Our domains of text and images, and the paper's sets that each stands for.
+# Our domains that are not the paper's own, and the sets of its Table 1 that each stands for.
 STANDS_FOR: dict[str, tuple[str, ...]] = {
     "text": ("massive_text",),
     "captions": ("align", "coco", "conceptual_captions", "ltip"),
     "vqa": ("okvqa", "vqav2"),
+    "rgb_stacking_shifted": ("rgb_stacking_real",),
 }
 
 # Share of padding from which rows take further windows: the limit is a tenth, less what a sample of

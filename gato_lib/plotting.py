@@ -62,6 +62,7 @@ DOMAIN_NAMES = _Names(
     modular_rl="Modular RL",
     manipulation="DM Manipulation",
     rgb_stacking="RGB stacking",
+    rgb_stacking_shifted="RGB stacking, shifted",
     captions="Captions",
     vqa="Visual questions",
     text="Text",
@@ -73,7 +74,8 @@ DOMAIN_COLORS = _Colors(
             *(_colorblind[1], _colorblind[0]),
             *_shades(_colorblind[2], 4),
             *_shades(_colorblind[3], 2),
-            *(_colorblind[i] for i in (4, 5, 6, 8, 9, 7)),
+            *(_colorblind[i] for i in (4, 5, 6, 8, 9)),
+            *_shades(_colorblind[7], 2),
             *((grey, grey, grey) for grey in (0.2, 0.5, 0.7)),  # what is not control
         ],
         strict=True,

@@ -17,7 +17,7 @@ from minigrid.wrappers import RGBImgPartialObsWrapper
 from gato_lib import collection, domains, workbook
 from gato_lib.config import ConfigError, DataConfig
 from gato_lib.domains import babyai
-from gato_lib.mixture import PAPER_WEIGHTS
+from gato_lib.mixture import PAPER_WEIGHTS, STANDS_FOR
 
 
 def test_every_task_is_named_once_and_experts_are_described():
@@ -26,7 +26,8 @@ def test_every_task_is_named_once_and_experts_are_described():
         assert spec.metric in ("return", "success") and spec.floor > 0
         assert spec.floor_source and spec.noise and spec.expert
     for name, domain in domains.DOMAINS.items():
-        assert name == domain.name and name in PAPER_WEIGHTS
+        assert name == domain.name
+        assert domain.extra != (name in PAPER_WEIGHTS or name in STANDS_FOR)
         assert domain.tasks and {s.domain for s in domain.tasks.values()} == {name}
         assert len(domain.code) == 8 and bool(domain.requires) == bool(domain.install)
     counts = {name: len(domain.tasks) for name, domain in domains.DOMAINS.items()}
@@ -41,6 +42,8 @@ def test_held_out_tasks_never_enter_pretraining():
     metaworld = {t for t in held if t.startswith("metaworld/")}
     assert len(metaworld) == 5 and "metaworld/assembly" in metaworld
     assert len(set(domains.DOMAINS["metaworld"].tasks) - held) == 45
+    stacking = {t for t in domains.TASKS if t.startswith("rgb_stacking")}
+    assert {t.split("/")[1] for t in stacking - held} == {"red-on-blue"}
     assert not set(workbook.select_tasks("all")) & held
     for name, domain in domains.DOMAINS.items():
         assert not set(workbook.select_tasks(name)) & held and set(domain.tasks) - held

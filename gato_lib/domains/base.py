@@ -88,7 +88,8 @@ class Domain:
     """A data set of the paper's Table 1: its tasks, and how to make and to play them.
 
     Attributes:
-      name: key of `mixture.PAPER_WEIGHTS` (a user's own domain may have any other).
+      name: key of `mixture.PAPER_WEIGHTS` or of `STANDS_FOR` (a user's own domain may have any
+        other).
       tasks: by id.
       make_env: task name (without the domain) -> environment. `reset(seed=s)` must fix the whole
         episode. Simulators are imported here, not with the module: all tasks are known even where
@@ -97,6 +98,7 @@ class Domain:
       sources: files of `domains/` whose code decides the data; when it changes, data made with it
         is collected anew.
       perturb: (action, noise, env, rng) -> the action executed in the expert's stead.
+      extra: whether it is beside the paper's data sets: "all" tasks are without it.
       requires: modules that must be installed; `install` is the line that installs them.
     """
 
@@ -106,6 +108,7 @@ class Domain:
     make_expert: Callable[[str], Expert]
     sources: tuple[str, ...]
     perturb: Perturb
+    extra: bool = False
     requires: tuple[str, ...] = ()
     install: str = ""
 

@@ -1,20 +1,28 @@
-"""RGB Stacking: put the red object on the blue one and ignore the green (paper 3.1, 4.3; Table 1).
+"""RGB Stacking: put one object on another and ignore the third (paper 3.3, 4.2, 5.3, App. F).
 
 The paper's robot is a Sawyer arm with a gripper over a walled table. Its Cartesian controller is
 what the agent acts through, so ours is only that: a gripper on a gantry that moves in x, y, z and
 yaw. As in the paper the agent commands velocities and a gripper that is open or closed, 20 times a
 second for 400 steps, and sees two camera images and the robot's own state, never the objects'. The
-paper's images are 128 x 128; ours are 64 x 64, 32 patches a step in place of 128.
+paper's images are 128 x 128; ours are 64 x 64 unless asked, 32 patches a step in place of 128. Both
+of its cameras stand before the table; one of ours is on the hand, without which a network that two
+cores can train grasps next to nothing.
 
-What differs between object sets, robots and skills is a `Scene` and a `goal`; the basic scene has
-three boxes of random size.
+What differs between object sets and robots is a `Scene`, between skills a goal.
+
+- `rgb_stacking` is the paper's simulator. Red on blue with training shapes is what pretraining
+  sees; the five triplets and blue on green are held out.
+- `rgb_stacking_shifted` stands in for the paper's real robot. It is a simulator as well: other
+  cameras, light and friction, heavier objects, actions that come late, noise in what is seen.
+- `rgb_stacking_state` tells the objects' poses and sizes instead of images: for cheap studies, and
+  nothing that the paper has.
 """
 
 from __future__ import annotations
 
 import atexit
 import dataclasses
-import itertools
+import functools
 import math
 import os
 import weakref
@@ -26,11 +34,13 @@ import gymnasium as gym
 import numpy as np
 
 from gato_lib.domains.base import Domain, Expert, TaskSpec, gaussian
+from gato_lib.domains.rgb_objects import COLOURS, TRIPLETS, Shape, training_shape
 
 MAX_STEPS = 400
 STEP = 0.05  # s: control at 20 Hz
 PHYSICS = 0.002  # s
 IMAGE = 64
+STATE = 6  # numbers of the robot's own state
 HOLD = 5  # steps that the stack must stand, released and still
 
 SPEED = 0.15  # m/s at action 1
@@ -40,19 +50,29 @@ HEIGHT = (0.016, 0.30)  # m: range of the point between the fingers; their tips 
 YAW = 1.7  # rad: half range; any direction of grasp is within it
 OPEN = 0.039  # m: how far each finger opens
 
-COLOURS = {"red": ".85 .1 .1 1", "green": ".1 .7 .15 1", "blue": ".1 .2 .85 1"}
+PAINT = dict(zip(COLOURS, (".85 .1 .1 1", ".1 .7 .15 1", ".1 .2 .85 1"), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
-class Solid:
-    """A convex object: its corners (n, 3) in m about its centre, or a box by its half sizes."""
+class Camera:
+    """Place, right and up axes, and `fovy` in degrees; fixed, or on the hand."""
 
-    corners: np.ndarray
-    half: tuple[float, float, float] | None = None
+    position: tuple[float, float, float]
+    axes: tuple[float, float, float, float, float, float]
+    fovy: float = 45.0
+    on_hand: bool = False
 
-    @classmethod
-    def box(cls, x: float, y: float, z: float) -> Solid:
-        return cls(np.array(list(itertools.product((-x, x), (-y, y), (-z, z)))), (x, y, z))
+
+CAMERAS = {
+    "front": Camera((0.45, 0.0, 0.5), (0.0, 1.0, 0.0, -0.707, 0.0, 0.707)),
+    # Beside the fingers, looking at what is between them and at what is below.
+    "hand": Camera((0.09, 0.0, 0.09), (0.0, 1.0, 0.0, -0.906, 0.0, 0.423), 80.0, on_hand=True),
+}
+
+SHIFTED_CAMERAS = {  # up to 7 cm and some degrees from the others
+    "front": Camera((0.48, 0.05, 0.46), (-0.09, 0.996, 0.0, -0.66, -0.06, 0.749)),
+    "hand": Camera((0.09, 0.01, 0.1), (-0.08, 0.997, 0.0, -0.88, -0.07, 0.47), 75.0, True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,28 +80,60 @@ class Scene:
     """What an episode is played with.
 
     Attributes:
-      solids: colour -> object.
-      friction: of the objects, sliding.
+      objects: colour -> shape.
+      friction: of objects and table, sliding; the fingers have more.
       density: of the objects, kg/m3.
-      cameras: name -> (position, its right and up axes); the images' keys in the observation.
+      cameras: by name, the images' keys in the observation.
+      light: ambient and diffuse, of a lamp at the camera.
       delay: control steps until an action takes effect.
+      noise: standard deviations of what is added to images, in grey levels, and to the robot's
+        state, in m, m/s and rad.
     """
 
-    solids: dict[str, Solid]
+    objects: dict[str, Shape]
     friction: float = 1.0
     density: float = 400.0
-    cameras: dict[str, tuple[str, str]] = dataclasses.field(
-        default_factory=lambda: {
-            "front": (".55 0 .42", "0 1 0 -.6 0 .8"),
-            "side": ("0 -.55 .42", "1 0 0 0 .6 .8"),
-        }
-    )
+    cameras: dict[str, Camera] = dataclasses.field(default_factory=lambda: dict(CAMERAS))
+    light: tuple[float, float] = (0.5, 0.5)
     delay: int = 0
+    noise: tuple[float, float] = (0.0, 0.0)
 
 
-def basic(rng: np.random.Generator) -> Scene:
-    """Three boxes of 34 to 52 mm."""
-    return Scene({c: Solid.box(*rng.uniform(0.017, 0.026, 3)) for c in COLOURS})
+Draw = Callable[[np.random.Generator], Scene]
+
+
+def training(rng: np.random.Generator) -> Scene:
+    """New training shapes in every episode."""
+    return Scene({colour: training_shape(rng) for colour in COLOURS})
+
+
+@dataclasses.dataclass(frozen=True)
+class Triplet:
+    """Draws the scene of a test triplet, 1 to 5."""
+
+    number: int
+
+    def __call__(self, rng: np.random.Generator) -> Scene:
+        return Scene(TRIPLETS[self.number])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifted:
+    """The scenes of another `draw` in the shifted world, at a seed with the same poses."""
+
+    draw: Draw
+
+    def __call__(self, rng: np.random.Generator) -> Scene:
+        scene, (rng,) = self.draw(rng), rng.spawn(1)
+        return dataclasses.replace(
+            scene,
+            friction=float(rng.uniform(0.6, 0.9)),
+            density=float(rng.uniform(500.0, 900.0)),
+            cameras=SHIFTED_CAMERAS,
+            light=(float(rng.uniform(0.25, 0.4)), float(rng.uniform(0.5, 0.8))),
+            delay=1,
+            noise=(6.0, 0.001),
+        )
 
 
 _XML = """
@@ -91,15 +143,15 @@ _XML = """
     <flag multiccd="enable"/>
   </option>
   <visual>
-    <global fovy="45" offwidth="{image}" offheight="{image}"/>
+    <global offwidth="{image}" offheight="{image}"/>
     <quality shadowsize="0" offsamples="0"/>
-    <headlight ambient=".5 .5 .5" diffuse=".5 .5 .5" specular="0 0 0"/>
+    <headlight ambient="{ambient}" diffuse="{diffuse}" specular="0 0 0"/>
   </visual>
   <default>
-    <geom friction="1 .01 .001"/>
+    <geom friction="{friction} .01 .001"/>
     <default class="wall"><geom type="box" rgba=".3 .3 .3 1"/></default>
-    <default class="solid">
-      <geom density="{density}" friction="{friction} .01 .001" condim="4" solref=".008 1"/>
+    <default class="object">
+      <geom density="{density}" condim="4" solref=".008 1" margin=".0002" gap=".0002"/>
     </default>
     <default class="finger">
       <geom type="box" size=".012 .005 .032" rgba=".1 .1 .1 1" mass=".05" condim="4"
@@ -131,6 +183,7 @@ _XML = """
       <geom type="box" size=".025 .055 .02" pos="0 0 .07" mass=".8" rgba=".2 .2 .25 1"/>
       <geom type="cylinder" size=".015 .1" pos="0 0 .18" mass=".1" rgba=".6 .6 .65 1"
             contype="0" conaffinity="0"/>
+      {on_hand}
       <body name="left" gravcomp="1">
         <joint class="jaw" name="left" axis="0 1 0"/>
         <geom class="finger" pos="0 .005 .018"/>
@@ -140,7 +193,7 @@ _XML = """
         <geom class="finger" pos="0 -.005 .018"/>
       </body>
     </body>
-    {solids}
+    {objects}
   </worldbody>
   <contact><exclude body1="left" body2="right"/></contact>
   <equality><joint joint1="left" joint2="right"/></equality>
@@ -159,36 +212,48 @@ _XML = """
 def build(scene: Scene, image: int = IMAGE) -> Any:
     """The scene's `mujoco.MjModel`; an object's body has its colour's name.
 
-    `multiccd` lets a mesh rest on several points of a face; on the usual single one it topples.
+    `multiccd` lets a mesh rest on several points of a face; on the usual single one it topples. The
+    margin finds these points 0.2 mm early, without force, or they come and go and the stack
+    trembles.
     """
     import mujoco
 
-    meshes, solids = [], []
-    for colour, solid in scene.solids.items():
-        if solid.half is not None:
-            shape = f'type="box" size="{" ".join(map(repr, map(float, solid.half)))}"'
+    meshes, objects = [], []
+    for colour, shape in scene.objects.items():
+        if shape.is_box:
+            half = np.array([shape.length, shape.width, shape.height]) / 2000
+            geom = f'type="box" size="{_numbers(half)}"'
         else:
-            vertices = " ".join(map(repr, map(float, solid.corners.ravel())))
-            meshes.append(f'<mesh name="{colour}" vertex="{vertices}"/>')
-            shape = f'type="mesh" mesh="{colour}"'
-        solids.append(
+            meshes.append(f'<mesh name="{colour}" vertex="{_numbers(shape.corners.ravel())}"/>')
+            geom = f'type="mesh" mesh="{colour}"'
+        objects.append(
             f'<body name="{colour}"><freejoint name="{colour}"/>'
-            f'<geom class="solid" {shape} rgba="{COLOURS[colour]}"/></body>'
+            f'<geom class="object" {geom} rgba="{PAINT[colour]}"/></body>'
         )
-    cameras = [
-        f'<camera name="{name}" pos="{position}" xyaxes="{axes}"/>'
-        for name, (position, axes) in scene.cameras.items()
-    ]
+    cameras: dict[bool, str] = {True: "", False: ""}
+    for name, camera in scene.cameras.items():
+        cameras[camera.on_hand] += (
+            f'<camera name="{name}" pos="{_numbers(camera.position)}" '
+            f'xyaxes="{_numbers(camera.axes)}" fovy="{camera.fovy}"/>'
+        )
+    ambient, diffuse = (_numbers([level] * 3) for level in scene.light)
     xml = _XML.format(
         physics=PHYSICS,
         image=image,
         density=scene.density,
         friction=scene.friction,
+        ambient=ambient,
+        diffuse=diffuse,
         meshes="".join(meshes),
-        cameras="".join(cameras),
-        solids="".join(solids),
+        cameras=cameras[False],
+        on_hand=cameras[True],
+        objects="".join(objects),
     )
     return mujoco.MjModel.from_xml_string(xml)
+
+
+def _numbers(values: Any) -> str:
+    return " ".join(repr(float(v)) for v in values)
 
 
 class _Renderer:
@@ -244,21 +309,25 @@ class _Renderer:
 class RGBStacking(gym.Env):
     """`goal` = (upper, lower): the episode ends when the one rests on the other, let go.
 
-    `draw` draws an episode's scene; the cameras' names must be the same in all.
+    `draw` draws an episode's scene; the cameras' names must be the same in all. `image` is the side
+    of the images in pixels; 0 puts "objects" in their place, for each object in the order of
+    `COLOURS` its position, rotation matrix and the sizes of the box around its foot, and up, in mm.
     """
 
     def __init__(
         self,
-        draw: Callable[[np.random.Generator], Scene] = basic,
+        draw: Draw = training,
         goal: tuple[str, str] = ("red", "blue"),
         image: int = IMAGE,
     ):
         self._draw, self.goal, self._image = draw, goal, image
-        self._cameras = tuple(draw(np.random.default_rng(0)).cameras)
+        self._cameras = tuple(draw(np.random.default_rng(0)).cameras) if image else ()
         self._renderer: _Renderer | None = None
-        images = {c: gym.spaces.Box(0, 255, (image, image, 3), np.uint8) for c in self._cameras}
-        state = gym.spaces.Box(-np.inf, np.inf, (19,), np.float64)
-        self.observation_space = gym.spaces.Dict(images | {"proprioception": state})
+        spaces = {c: gym.spaces.Box(0, 255, (image, image, 3), np.uint8) for c in self._cameras}
+        if not image:
+            spaces["objects"] = gym.spaces.Box(-np.inf, np.inf, (45,), np.float64)
+        spaces["proprioception"] = gym.spaces.Box(-np.inf, np.inf, (STATE,), np.float64)
+        self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (5,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -268,7 +337,7 @@ class RGBStacking(gym.Env):
         rng = self.np_random
         self._mj = mujoco
         self.scene = self._draw(rng)
-        self.model = build(self.scene, self._image)
+        self.model = build(self.scene, self._image or 256)  # 256: for pictures of the scene
         self.data = mujoco.MjData(self.model)
         self._target = np.array([*rng.uniform(-0.15, 0.15, 2), rng.uniform(0.12, 0.25), 0.0, OPEN])
         self.data.qpos[:6] = [*self._target, OPEN]
@@ -279,20 +348,21 @@ class RGBStacking(gym.Env):
         )
         self._steps = self._stood = 0
         self._advance(0.1)  # the objects come to rest
-        if self._renderer is None:
-            self._renderer = _Renderer(self._image)
-        self._renderer.load(self.model)
+        if self._image:
+            if self._renderer is None:
+                self._renderer = _Renderer(self._image)
+            self._renderer.load(self.model)
         return self._observe(), {"success": False}
 
     def _scatter(self, rng: np.random.Generator) -> None:
         """Lay the objects on the table, turned at random and clear of each other."""
         places: list[np.ndarray] = []
-        for colour, solid in self.scene.solids.items():
+        for colour, shape in self.scene.objects.items():
             place = rng.uniform(-0.17, 0.17, 2)
             while any(np.linalg.norm(place - other) < 0.1 for other in places):
                 place = rng.uniform(-0.17, 0.17, 2)
             places.append(place)
-            height, turn = 0.001 - solid.corners[:, 2].min(), rng.uniform(-np.pi, np.pi) / 2
+            height, turn = 0.001 - shape.corners[:, 2].min(), rng.uniform(-np.pi, np.pi) / 2
             pose = [*place, height, math.cos(turn), 0.0, 0.0, math.sin(turn)]
             self.data.joint(colour).qpos[:] = pose
 
@@ -302,7 +372,10 @@ class RGBStacking(gym.Env):
         self._mj.mj_forward(self.model, self.data)  # poses and contacts of this very state
 
     def step(self, action: np.ndarray):
-        action = np.clip(np.asarray(action, np.float64), -1.0, 1.0)
+        action = np.asarray(action, np.float64)
+        if action.shape != (5,) or not np.isfinite(action).all():
+            raise ValueError(f"action is {action}, expected five finite numbers")
+        action = np.clip(action, -1.0, 1.0)
         self._waiting.append(action)
         action = self._waiting[0]
         low = np.array([-REACH, -REACH, HEIGHT[0], -YAW])
@@ -318,10 +391,23 @@ class RGBStacking(gym.Env):
         return self._observe(), float(success), success, truncated, {"success": success}
 
     def _observe(self) -> dict[str, np.ndarray]:
-        data, hand = self.data, self.data.body("hand")
-        images = {c: self._renderer.draw(self.model, data, c) for c in self._cameras}
-        state = [data.qpos[:6], data.qvel[:6], hand.xpos, hand.xquat]
-        return images | {"proprioception": np.concatenate(state)}
+        """The fingers move as one: the joints of the gantry, the left finger, and its velocity."""
+        data, (grey, small) = self.data, self.scene.noise
+        state = np.array([*data.qpos[:5], data.qvel[4]])
+        seen = {c: self._renderer.draw(self.model, data, c) for c in self._cameras}
+        if small:
+            state += self.np_random.normal(0.0, small, state.shape)
+        if grey:
+            for camera, image in seen.items():
+                noisy = image + self.np_random.normal(0.0, grey, image.shape)
+                seen[camera] = noisy.clip(0, 255).round().astype(np.uint8)
+        if not self._image:
+            seen["objects"] = np.concatenate([self._told(c) for c in COLOURS])
+        return seen | {"proprioception": state}
+
+    def _told(self, colour: str) -> np.ndarray:
+        body, shape = self.data.body(colour), self.scene.objects[colour]
+        return np.array([*body.xpos, *body.xmat, shape.length, shape.width, shape.height])
 
     def stacked(self) -> bool:
         """Whether the upper object is still, above the lower one, and touches nothing else."""
@@ -338,7 +424,7 @@ class RGBStacking(gym.Env):
     def pose(self, colour: str) -> tuple[np.ndarray, np.ndarray]:
         """Position of an object, and its corners about it, (n, 3), turned as it is."""
         body = self.data.body(colour)
-        return body.xpos.copy(), self.scene.solids[colour].corners @ body.xmat.reshape(3, 3).T
+        return body.xpos.copy(), self.scene.objects[colour].corners @ body.xmat.reshape(3, 3).T
 
     def span(self, colour: str) -> tuple[float, float]:
         """Heights of an object's lowest and highest corner."""
@@ -408,7 +494,7 @@ class StateMachine(Expert):
         cost = np.abs(yaws - self._yaw) + 40 * width
         fingers = place[:2, None] + np.stack([along, -along]) * (OPEN + 0.005)  # (2, 2, yaws)
         cost += 2.0 * (np.abs(fingers).max(axis=(0, 1)) > 0.245)  # a wall in the way
-        for colour in sim.scene.solids:
+        for colour in sim.scene.objects:
             if colour != upper:
                 other = sim.pose(colour)[0][:2]
                 near = np.linalg.norm(fingers - other[None, :, None], axis=1).min(axis=0)
@@ -484,27 +570,50 @@ class StateMachine(Expert):
         return self._go([*self._at[:2], height], self._turn, False)
 
 
-def make_env(name: str) -> gym.Env:
-    return {"red-on-blue": RGBStacking}[name]()
+# Names of tasks: the pair, and behind it the number of a test triplet.
+TASKS = ("red-on-blue", *(f"red-on-blue-{n}" for n in TRIPLETS), "blue-on-green-1")
 
 
-DOMAINS = (
-    Domain(
-        name="rgb_stacking",
+def make_env(name: str, shifted: bool = False, image: int = IMAGE) -> RGBStacking:
+    """The environment of a task: any pair of colours, and a test triplet or training shapes.
+
+    Raises ValueError for another name.
+    """
+    pair, _, number = name.replace("-on-", " ").partition("-")
+    upper, _, lower = pair.partition(" ")
+    if not {upper, lower} <= set(COLOURS) or upper == lower or number not in ("", *"12345"):
+        raise ValueError(f"{name!r}: expected a task as in red-on-blue or blue-on-green-1")
+    draw: Draw = Triplet(int(number)) if number else training
+    return RGBStacking(Shifted(draw) if shifted else draw, (upper, lower), image)
+
+
+def _domain(name: str, sees: str, extra: bool = False, **settings: Any) -> Domain:
+    return Domain(
+        name=name,
         tasks={
-            "rgb_stacking/red-on-blue": TaskSpec(
-                id="rgb_stacking/red-on-blue",
+            f"{name}/{task}": TaskSpec(
+                id=f"{name}/{task}",
                 metric="success",
                 floor=1.0,
                 floor_source="every episode solved",
                 noise="standard deviation of Gaussian noise on each of the five actions",
                 expert="a state machine: reach, grasp, carry, lower, release; again if it failed",
-                sees="poses and shapes of the objects, which the agent sees only in the images",
+                sees=sees,
             )
+            for task in TASKS
         },
-        make_env=make_env,
+        make_env=functools.partial(make_env, **settings),
         make_expert=lambda name: StateMachine(),
-        sources=("rgb_stacking.py",),
+        sources=("rgb_stacking.py", "rgb_objects.py"),
         perturb=gaussian,
-    ),
+        extra=extra,
+    )
+
+
+SEES = "poses and shapes of the objects, which the agent sees only in the images"
+CORNERS = "corners of the objects, of which the agent is told poses and sizes"
+DOMAINS = (
+    _domain("rgb_stacking", SEES),
+    _domain("rgb_stacking_shifted", SEES, shifted=True),
+    _domain("rgb_stacking_state", CORNERS, extra=True, image=0),
 )
