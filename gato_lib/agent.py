@@ -63,6 +63,7 @@ class Agent:
       lengths: fewer for the domains named, as in their training rows (`for_domain`).
       parallel: domains that it was trained in with actions zeroed as inputs: there all tokens of an
         action come from one pass (App. G).
+      tell_return: domains in which it was told what an episode reached: it is asked for the best.
       continuous, discrete: "sample", "greedy", or, for continuous actions, "mean": the mean of the
         bin distribution, rounded to a bin.
       temperature: divides the logits that are sampled from.
@@ -81,6 +82,7 @@ class Agent:
         context_length: int,
         lengths: Mapping[str, int] | None = None,
         parallel: Collection[str] = (),
+        tell_return: Collection[str] = (),
         *,
         continuous: str = "sample",
         discrete: str = "sample",
@@ -105,6 +107,7 @@ class Agent:
         self.params = jax.tree.map(jnp.asarray, params)
         self.context_length, self.lengths = context_length, dict(lengths or {})
         self.parallel_domains, self.parallel = frozenset(parallel), False
+        self.telling_domains, self.tell_return = frozenset(tell_return), False
         self.continuous, self.discrete, self.temperature = continuous, discrete, temperature
         self.keep, self.memory = keep, memory
 
@@ -113,6 +116,7 @@ class Agent:
         agent = copy.copy(self)
         agent.context_length = self.lengths.get(domain, self.context_length)
         agent.parallel = domain in self.parallel_domains
+        agent.tell_return = domain in self.telling_domains
         return agent
 
     @property
@@ -122,7 +126,11 @@ class Agent:
 
     def tokenizer(self, env) -> Tokenizer:
         return Tokenizer(
-            env.observation_space, env.action_space, self.text, self.config.discrete_range
+            env.observation_space,
+            env.action_space,
+            self.text,
+            self.config.discrete_range,
+            self.tell_return,
         )
 
     def prompt(

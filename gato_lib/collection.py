@@ -90,18 +90,22 @@ def episode_score(task: str, rewards: Sequence[float], success: bool) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """What is collected for one task; `folder` holds it."""
+    """What is collected for one task; `folder` holds it.
+
+    `failures` keeps all episodes, whatever their score.
+    """
 
     root: str
     task: str
     episodes: int
     noise: tuple[float, ...]
     seed: int
+    failures: bool = False
 
     @property
     def folder(self) -> pathlib.Path:
         code = source_digest("collection.py", "episodes.py") + domains.domain_of(self.task).code
-        settings = [code, self.task, self.episodes, list(self.noise), self.seed]
+        settings = [code, self.task, self.episodes, list(self.noise), self.seed, self.failures]
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         return pathlib.Path(self.root) / f"{self.task.replace('/', '-')}-{digest}"
 
@@ -113,6 +117,7 @@ class Collection:
             "collected": self.episodes,
             "noise": list(self.noise),
             "seed": self.seed,
+            "failures": self.failures,
         }
 
     @property
@@ -206,7 +211,9 @@ def _merge(collection: Collection, notes: Mapping[str, Any] | None = None) -> No
         episodes.append(episode)
     scores = [episode_score(collection.task, e.rewards, e.success) for e in episodes]
     spec = domains.TASKS[collection.task]
-    if spec.metric == "success":
+    if collection.failures:
+        keep = np.ones(len(scores), bool)
+    elif spec.metric == "success":
         keep = np.array([e.success for e in episodes])
     else:
         try:

@@ -34,7 +34,9 @@ def source_digest(*modules: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Config:
+class Settings:
+    """Base of all settings: types are checked when they are made, dicts are their stored form."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             kind = {"int": int, "float": (int, float), "str": str, "bool": bool}.get(field.type)
@@ -72,13 +74,13 @@ class _Config:
             raise ConfigError(f"{type(self).__name__}: {message}")
 
 
-def _one_of(config: _Config, name: str, allowed: tuple[str, ...]) -> None:
+def _one_of(config: Settings, name: str, allowed: tuple[str, ...]) -> None:
     value = getattr(config, name)
     config._require(value in allowed, f"{name} is {value!r}, expected one of {allowed}")
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(_Config):
+class ModelConfig(Settings):
     """The network (paper 2.2, 2.3, App. C).
 
     Attributes:
@@ -176,7 +178,7 @@ def model_config(size: str, **changes: Any) -> ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(_Config):
+class DataConfig(Settings):
     """What is collected (paper 3.1, App. F) and how it is cut into batches (2.3, App. D).
 
     Attributes:
@@ -206,6 +208,9 @@ class DataConfig(_Config):
       question_loss: whether the text of questions does too, by the letter of the paper.
       parallel_actions: domains whose actions are zeroed where they are inputs, so that all of a
         step's are predicted in one pass; the paper does so for its robot alone (App. G).
+      tell_return: domains whose episodes are all kept, also those that failed, and told apart:
+        every timestep has one more observation, the episode's score as a share of the best. Asked
+        for the best, the agent then acts as in those (5.3).
       blind: whether their images are replaced by plain grey ones: what can be said of images that
         are never seen.
     """
@@ -228,6 +233,7 @@ class DataConfig(_Config):
     document_length: int = 0
     question_loss: bool = True
     parallel_actions: tuple[str, ...] = ()
+    tell_return: tuple[str, ...] = ()
     blind: bool = False
 
     def __post_init__(self) -> None:
@@ -245,6 +251,7 @@ class DataConfig(_Config):
         self._require(not missing, f"episodes names no number for {missing}")
         self._require(all(n > 0 for _, n in self.episodes), "episodes must be positive")
         object.__setattr__(self, "parallel_actions", tuple(self.parallel_actions))
+        object.__setattr__(self, "tell_return", tuple(self.tell_return))
         self._require(len(self.noise) > 0 and min(self.noise) >= 0, "noise must be >= 0")
         self._require(all(w > 0 for _, w in self.weights), "weights must be positive")
         self._require(self.context_length > 0, "context_length must be positive")
@@ -262,7 +269,7 @@ class DataConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(_Config):
+class TrainConfig(Settings):
     """Optimisation (App. D). Defaults are the paper's for 1.18B parameters.
 
     Attributes:

@@ -46,6 +46,7 @@ LOCAL_POSITIONS = 512  # rows for observation tokens; one more row is shared by 
 ACTION_POSITION = LOCAL_POSITIONS
 NO_POSITION = -1  # the separator, and documents, which have no timesteps
 PADDING_POSITION = -2
+RETURN = "return"  # what `Tokenizer.tell_return` tells
 NO_ID = -1  # an input whose token is not told: its vector is zero
 
 TEXT, IMAGE, DISCRETE, CONTINUOUS, SEPARATOR, ACTION, PAD, GIVEN = range(8)
@@ -375,21 +376,29 @@ class TokenSequence:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Tokenizes the observations and actions of one environment's spaces."""
+    """Tokenizes the observations and actions of one environment's spaces.
+
+    With `tell_return` the last observation of every timestep is one value in [0, 1]: the episode's
+    score as a share of the best, and the best while acting (5.3).
+    """
 
     observation_space: gym.Space
     action_space: gym.Space
     text: tokenizers.TextTokenizer | None = None
     discrete_range: str = "shared"
+    tell_return: bool = False
 
     @functools.cached_property
     def action_spec(self) -> ActionSpec:
         return ActionSpec(self.action_space, self.discrete_range)
 
-    def episode(self, episode: Episode) -> TokenSequence:
-        """All T timesteps of an episode; the observation after the last action is not used."""
+    def episode(self, episode: Episode, share: float = 1.0) -> TokenSequence:
+        """All T timesteps of an episode; the observation after the last action is not used.
+
+        `share` is what `tell_return` tells.
+        """
         leaves = {k: v[: episode.steps] for k, v in flatten(episode.observations).items()}
-        return self._sequence(leaves, self.action_spec.encode(episode.actions))
+        return self._sequence(leaves, self.action_spec.encode(episode.actions), share)
 
     def steps(self, observations: Sequence[Any], action_ids: np.ndarray) -> TokenSequence:
         """Timesteps given one by one, with action ids (T, num_tokens), as when acting."""
@@ -398,13 +407,19 @@ class Tokenizer:
     @functools.cached_property
     def _spaces(self) -> dict[str, tuple[gym.Space, int]]:
         """Leaf spaces and their kinds, which can be costly to find out."""
-        return {k: (leaf, space_kind(leaf)) for k, leaf in flatten(self.observation_space).items()}
+        leaves = flatten(self.observation_space)
+        if self.tell_return:
+            leaves |= {RETURN: gym.spaces.Box(0.0, 1.0, ())}
+        return {k: (leaf, space_kind(leaf)) for k, leaf in leaves.items()}
 
-    def _sequence(self, leaves: dict[str, Any], actions: np.ndarray) -> TokenSequence:
-        spaces = self._spaces
+    def _sequence(
+        self, leaves: dict[str, Any], actions: np.ndarray, share: float = 1.0
+    ) -> TokenSequence:
+        spaces, t = self._spaces, len(actions)
+        if self.tell_return:
+            leaves = leaves | {RETURN: np.full(t, share, np.float32)}
         if set(leaves) != set(spaces):
             raise ValueError(f"observation keys {sorted(leaves)}, expected {sorted(spaces)}")
-        t = len(actions)
         blocks = [self._leaf(key, *spaces[key], leaves[key], t) for key in spaces]
         observed = sum(b.lengths for b in blocks)
         if t and observed.max() > LOCAL_POSITIONS:
@@ -566,10 +581,15 @@ def _distinct(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     words = np.ascontiguousarray(patches).reshape(len(patches), -1).view(np.uint64)
     factors = np.random.default_rng(0).integers(1, 2**63, words.shape[1], dtype=np.uint64) | 1
-    mixed = (words ^ (words >> np.uint64(29))) * factors
-    keys = (mixed ^ (mixed >> np.uint64(32))).sum(axis=1, dtype=np.uint64)
+    keys = np.zeros(len(words), np.uint64)
+    # A domain's patches are gigabytes: temporaries of all of them would be many times that.
+    parts = [slice(i, i + 8192) for i in range(0, len(words), 8192)]
+    for part in parts:
+        mixed = (words[part] ^ (words[part] >> np.uint64(29))) * factors
+        keys[part] = (mixed ^ (mixed >> np.uint64(32))).sum(axis=1, dtype=np.uint64)
     _, first, index = np.unique(keys, return_index=True, return_inverse=True)
-    if not np.array_equal(words[first][index], words):  # a collision: compare the bytes
+    if not all(np.array_equal(words[first[index[p]]], words[p]) for p in parts):
+        # A collision: compare the bytes.
         _, first, index = np.unique(words, axis=0, return_index=True, return_inverse=True)
     return patches[first], index.ravel().astype(np.int32)
 

@@ -76,6 +76,20 @@ def merge(graph: Any, params: Any) -> Gato:
     return nnx.merge(graph, nnx.State(params))
 
 
+def _placed(params: Any, like: Any) -> Any:
+    """Copies of `params` where the arrays of `like` are; raises ValueError for other shapes."""
+    given, wanted = (
+        {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(tree)}
+        for tree in (params, like)
+    )
+    if given != wanted:
+        differ = sorted(k for k in given.keys() | wanted.keys() if given.get(k) != wanted.get(k))
+        raise ValueError(f"the parameters to start from are another network's: {differ[:3]} differ")
+    return jax.tree.map(
+        lambda new, own: jax.device_put(jnp.array(new, own.dtype), own.sharding), params, like
+    )
+
+
 class StepReport(NamedTuple):
     """What an update returns, whole on every device.
 
@@ -291,6 +305,7 @@ def train(
     mesh: Mesh | None = None,
     report_every: int = 100,
     save_every: int = 1000,
+    params: Any = None,
 ) -> Iterator[tuple[Metrics, Any]]:
     """Train, yielding (metrics, params) every `report_every` steps, at every save and at the end.
 
@@ -298,15 +313,19 @@ def train(
     report: who stops at the last report loses the last checkpoint.
 
     `mesh` spreads parameters and batches over devices and processes (`distributed`); without it
-    everything is on one device. Every `save_every` steps, and at the end, the run is validated on
-    held-out episodes and, with a checkpointer, saved. It goes on from the latest checkpoint, on
-    whatever mesh; on one device the result does not depend on where a run was cut. Raises
-    FloatingPointError at the next report where a loss or gradient norm was not finite, naming the
-    step and, on several hosts, this host's part of its batch; the last good checkpoint stays.
+    everything is on one device. `params`, those of another training of the same network, are
+    started from in place of random ones. Every `save_every` steps, and at the end, the run is
+    validated on held-out episodes and, with a checkpointer, saved. It goes on from the latest
+    checkpoint, on whatever mesh; on one device the result does not depend on where a run was cut.
+    Raises ValueError for the parameters of another network, and FloatingPointError at the next
+    report where a loss or gradient norm was not finite, naming the step and, on several hosts, this
+    host's part of its batch; the last good checkpoint stays.
     """
     mesh = None if mesh is None or mesh.size == 1 else mesh
     placement = ALONE if mesh is None else Placement.of(mesh)
     state = initial_state(model, config, mesh)
+    if params is not None:
+        state["params"] = _placed(params, state["params"])
     batches = mixture.iterate(config.seed, placement)
     start, tally = 0, _Tally()
     if checkpointer is not None and checkpointer.latest() is not None:

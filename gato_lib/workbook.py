@@ -139,8 +139,8 @@ class Run:
 def select_tasks(pattern: str) -> tuple[str, ...]:
     """Task ids from "all", "small", or a comma-separated list of ids and domains.
 
-    "all" is every task that is installed and not held out; "small" is two; "" is none. Raises
-    ConfigError for an unknown name or a held-out task.
+    "all" is every task of the paper's data sets that is installed and not held out; "small" is two;
+    "" is none. Raises ConfigError for an unknown name or a held-out task.
     """
     if pattern == "small":
         return SMALL_TASKS
@@ -150,7 +150,7 @@ def select_tasks(pattern: str) -> tuple[str, ...]:
     for name in pattern.split(","):
         name = name.strip()
         if name == "all" or name in domains.DOMAINS:
-            every = (d for d in domains.DOMAINS.values() if d.installed)
+            every = (d for d in domains.DOMAINS.values() if d.installed and not d.extra)
             whole = every if name == "all" else [domains.DOMAINS[name]]
             chosen += [t for d in whole for t in d.tasks if t not in domains.HELD_OUT]
         elif name in domains.HELD_OUT:
@@ -262,15 +262,25 @@ def select_documents(text: str) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def collections(run: Run, config: DataConfig) -> list[collection.Collection]:
-    """What `config` asks to be collected, in the run's data folder."""
+def collections(
+    run: Run, config: DataConfig, held_out: bool = False
+) -> list[collection.Collection]:
+    """What `config` asks to be collected, in the run's data folder.
+
+    Raises ConfigError for held-out tasks, unless `held_out` says that this is no pretraining.
+    """
     held = sorted(set(config.tasks) & domains.HELD_OUT)
-    if held:
+    if held and not held_out:
         raise ConfigError(f"held-out tasks never enter pretraining: {held}")
     episodes = dict(config.episodes)
     return [
         collection.Collection(
-            str(run.data), task, episodes[task.split("/")[0]], config.noise, config.seed
+            str(run.data),
+            task,
+            episodes[task.split("/")[0]],
+            config.noise,
+            config.seed,
+            failures=task.split("/")[0] in config.tell_return,
         )
         for task in config.tasks
     ]
@@ -287,14 +297,16 @@ class Prepared:
     documents: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # cards of the sets
 
 
-def collect(run: Run, config: DataConfig, part: tuple[int, int] = (0, 1)) -> None:
+def collect(
+    run: Run, config: DataConfig, part: tuple[int, int] = (0, 1), held_out: bool = False
+) -> None:
     """Collect and import what `config` asks for and what is missing. Prints progress.
 
     `part` (i, n) is one of n machines' share: it imports nothing. Data cards get the committed
     references of their tasks: random and expert, with n and 95 % intervals. What could not be
     collected or imported, and why, is in the DataError at the end; the rest is there.
     """
-    wanted = collections(run, config)
+    wanted = collections(run, config, held_out)
     todo = [c for c in wanted if not c.done]
     notes, size = {}, 0.0
     references = read_references(results.COMMITTED / "references.csv") if todo else pd.DataFrame()
@@ -401,17 +413,20 @@ def _camera(env: Any, size: int) -> Iterator[Callable[[Any], np.ndarray]]:
         renderer.close()
 
 
-def prepare(run: Run, config: DataConfig, pieces: TextTokenizer | None = None) -> Prepared:
+def prepare(
+    run: Run, config: DataConfig, pieces: TextTokenizer | None = None, held_out: bool = False
+) -> Prepared:
     """Collect what is missing, tokenize it, and build the mixture. Prints progress.
 
-    `pieces` are another agent's, for the same ids; without, they are the run's own.
+    `pieces` are another agent's, for the same ids; without, they are the run's own. `held_out`
+    tasks are for what has been trained already; no pretraining may name any.
     """
-    wanted = collections(run, config)
+    wanted = collections(run, config, held_out)
     progress = Progress()
     sets = text_sets(config, progress)  # first: what is damaged is told before hours of collecting
     with distributed.writer_first("collect"):
         if distributed.is_writer():
-            collect(run, config)
+            collect(run, config, held_out=held_out)
     episodes: dict[str, Sequence[Episode]] = {}
     spaces: dict[str, tuple[gym.Space, gym.Space]] = {}
     cards = []
@@ -433,19 +448,23 @@ def prepare(run: Run, config: DataConfig, pieces: TextTokenizer | None = None) -
     content = {}
     if pieces:  # they decide the ids as imported data does
         content["pieces"] = hashlib.sha256(pieces.path.read_bytes()).hexdigest()[:8]
-    for (task, kept), card in zip(episodes.items(), cards, strict=True):
-        tokenizer = Tokenizer(*spaces[task], text, config.discrete_range)
+    tasks = len(episodes)
+    for task, card in zip(list(episodes), cards, strict=True):
+        kept = episodes.pop(task)  # images take gigabytes: of each task, not of all, there are two
+        name = task.split("/")[0]
+        tell = name in config.tell_return
+        tokenizer = Tokenizer(*spaces[task], text, config.discrete_range, tell)
+        shares = _shares(kept) if tell else [1.0] * len(kept)
         try:
-            tokens = [tokenizer.episode(e) for e in kept]
+            tokens = [tokenizer.episode(e, s) for e, s in zip(kept, shares, strict=True)]
         except (TypeError, ValueError) as error:
             raise DataError(f"{task}: {error}") from error
-        name = task.split("/")[0]
         groups.setdefault(name, {})[task] = tokens
         card["steps"] = sum(s.steps for s in tokens)
         card["tokens"] = sum(map(len, tokens))
         if "source" in card:
             content[name] = _content(tokens)
-    built = [build_group(n, s, config) for n, s in groups.items()]
+    built = [build_group(n, groups.pop(n), config) for n in list(groups)]
     documents, written = {}, []
     for i, each in enumerate(sets):
         progress(f"tokenizing {each.name} ({i + 1} of {len(sets)})")
@@ -472,8 +491,15 @@ def prepare(run: Run, config: DataConfig, pieces: TextTokenizer | None = None) -
     for name, parts in documents.items():
         pairs = vision_language.PAIRS if paired[name] else 0
         built.append(build_documents(name, parts, config, pairs))
-    progress(f"{len(episodes)} tasks and {len(sets)} sets of documents ready", done=True)
+    progress(f"{tasks} tasks and {len(sets)} sets of documents ready", done=True)
     return Prepared(Mixture(built, config), text, cards, content, written)
+
+
+def _shares(episodes: Sequence[Episode]) -> list[float]:
+    """Scores as shares of the best, in [0, 1]; 0 for all where the best is not above 0."""
+    scores = [collection.episode_score(e.task, e.rewards, e.success) for e in episodes]
+    best = max(scores)
+    return [max(score, 0.0) / best if best > 0 else 0.0 for score in scores]
 
 
 def _content(tokens: Sequence[TokenSequence], before: str = "") -> str:
@@ -528,6 +554,7 @@ def train_agent(
     mesh: Mesh | None = None,
     watch: Callable[[pd.DataFrame], None] | None = None,
     tensorboard: bool = False,
+    start: pathlib.Path | None = None,
     **cadence: int,
 ) -> tuple[pathlib.Path, pd.DataFrame]:
     """Train an agent, or finish training it, and return its folder and its metrics.
@@ -540,6 +567,8 @@ def train_agent(
       mesh: devices to train on (`distributed.make_mesh`); None is one. Not part of the digest: a
         run can go on with another.
       watch: called with the metrics so far after each report, for live curves.
+      start: folder of the agent whose parameters are started from, which must be of this size; it
+        is named in the folder's meta.json. None starts from random ones.
       tensorboard: also write the metrics to `<folder>/tensorboard`.
       cadence: `report_every` and `save_every`, as in `train`.
     """
@@ -554,23 +583,29 @@ def train_agent(
     if prepared.content:  # what is imported may change under the same name
         meta["content"] = prepared.content
         digest += "".join(prepared.content[name][:4] for name in sorted(prepared.content))
+    params = None
+    if start is not None:
+        meta["start"], params = start.name, load_agent(start).params
+        digest += hashlib.sha256(start.name.encode()).hexdigest()[:4]
     folder = run.agents / f"{name}-{digest}"
     checkpointer = Checkpointer(folder, meta | {"code": code})
     writer = distributed.is_writer()
     if writer and prepared.text is not None:
         write_bytes(folder / "text.model", prepared.text.path.read_bytes())
-    path, start = folder / "metrics.csv", checkpointer.latest() or 0
+    path, begun = folder / "metrics.csv", checkpointer.latest() or 0
     rows = []
     if path.is_file():
         old = pd.read_csv(path)
-        rows = old[old.step <= start].to_dict("records")  # others come again
+        rows = old[old.step <= begun].to_dict("records")  # others come again
     progress = Progress()
     with contextlib.ExitStack() as stack:
         stack.callback(checkpointer.close)
         log = stack.enter_context(_tensorboard(folder)) if tensorboard and writer else None
         reports = ()
-        if start < config.steps:
-            reports = train(model, config, prepared.mixture, checkpointer, mesh=mesh, **cadence)
+        if begun < config.steps:
+            reports = train(
+                model, config, prepared.mixture, checkpointer, mesh=mesh, params=params, **cadence
+            )
         for metrics, _ in reports:
             rows += _metric_rows(metrics)
             if writer:
@@ -657,6 +692,7 @@ def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices:
         data.context_length,
         meta.get("lengths"),
         data.parallel_actions,
+        data.tell_return,
         **choices,
     )
 
@@ -716,7 +752,8 @@ class Demonstrations:
     data: DataConfig
 
     def __call__(self, task: str) -> list[Episode]:
-        (item,) = collections(self.run, dataclasses.replace(self.data, tasks=(task,)))
+        data = dataclasses.replace(self.data, tasks=(task,))
+        (item,) = collections(self.run, data, held_out=True)
         return collection.load(item)[0]
 
 
@@ -730,19 +767,21 @@ def demonstrations(run: Run, config: DataConfig) -> Demonstrations:
     return Demonstrations(run, config)
 
 
-def tiny_agent(run: Run, name: str, seed: int, documents: str = "") -> pathlib.Path:
+def tiny_agent(
+    run: Run, name: str, seed: int, documents: str = "", tasks: Sequence[str] = SMALL_TASKS
+) -> pathlib.Path:
     """Train a tiny agent in seconds, for a smoke run of a notebook that needs one.
 
-    It acts, or, with `documents` (as `select_documents`), reads and writes. Raises ConfigError at
-    any other preset: there the real agent is wanted.
+    It acts in `tasks`, or, with `documents` (as `select_documents`), reads and writes. Raises
+    ConfigError at any other preset: there the real agent is wanted.
     """
     if run.preset != "smoke":
         raise ConfigError(
             f"{run}: no agent {name!r} there; run 04_training at {run.preset!r} first"
         )
     data = DataConfig(
-        tasks=() if documents else SMALL_TASKS,
-        episodes=(("babyai", 8), ("metaworld", 4)),
+        tasks=() if documents else tuple(tasks),
+        episodes=episodes_by_domain("babyai 8, others 4", () if documents else tasks),
         documents=select_documents(documents),
         context_length=56,
         document_length=112,
@@ -772,16 +811,18 @@ def play(
     prompt: str,
     workers: int = 1,
     checkpoint: str = "latest",
+    tasks: Sequence[str] = (),
     **choices: Any,
 ) -> pd.DataFrame:
-    """Play every task that the agent in `folder` was trained on; prints progress.
+    """Play `tasks`, or every task that the agent in `folder` was trained on; prints progress.
 
     Played episodes are kept beside the agent, so an interrupted evaluation goes on. `choices` are
     those of `Agent`. Raises ConfigError where it was trained on imports or documents alone, which
     have no simulator.
     """
     trained = trained_on(folder)
-    if not trained.tasks:
+    tasks = tuple(tasks) or trained.tasks
+    if not tasks:
         raise ConfigError(
             f"{folder.name}: trained on imports or documents alone, there is nothing to play"
         )
@@ -789,26 +830,39 @@ def play(
     best = checkpointer.best() if checkpoint == "best" else None
     step = best or checkpointer.latest() or 0
     checkpointer.close()
-    simulators = {domains.domain_of(t).code for t in trained.tasks}
-    code = source_digest(*ACTING_CODE) + "".join(sorted(simulators))
-    code = hashlib.sha256(code.encode()).hexdigest()[:8]
     settings = [f"{k}_{v}" for k, v in sorted(choices.items())]
-    name = "-".join(["episodes", prompt, *settings, f"lanes_{lanes}", f"step_{step}", code])
-    total, progress, begin, before = episodes * len(trained.tasks), Progress(), time.time(), None
+    name = "-".join(["episodes", prompt, *settings, f"step_{step}"])
     evaluation = Evaluation(
         Loader(str(folder), checkpoint, tuple(sorted(choices.items())), step),
         seed,
         demonstrations(run, trained.data) if prompt != "none" else None,
         prompt,
     )
-    for played in rollouts(
-        evaluation,
-        trained.tasks,
-        episodes,
-        folder / f"{name}.csv",
-        lanes=lanes,
-        workers=workers,
-    ):
+    path = folder / name
+    return play_all(evaluation, tasks, episodes, path, lanes=lanes, workers=workers)
+
+
+def play_all(
+    evaluation: Evaluation,
+    tasks: Sequence[str],
+    episodes: int,
+    path: pathlib.Path,
+    *,
+    lanes: int,
+    workers: int,
+    code: Sequence[str] = (),
+) -> pd.DataFrame:
+    """`rollouts` to the end; prints progress.
+
+    The episodes are kept in a file whose name begins like `path` and holds the lanes and a digest
+    of the code that decides them: the simulators', that of acting, and the modules in `code`.
+    """
+    parts = [domains.domain_of(t).code for t in tasks]
+    text = source_digest(*ACTING_CODE, *code) + "".join(sorted(set(parts)))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    path = path.with_name(f"{path.name}-lanes_{lanes}-{digest}.csv")
+    total, progress, begin, before = episodes * len(tasks), Progress(), time.time(), None
+    for played in rollouts(evaluation, tasks, episodes, path, lanes=lanes, workers=workers):
         before = len(played) if before is None else before
         rate = (len(played) - before) / (time.time() - begin + 1e-9)
         left = f", about {duration((total - len(played)) / rate)} left" if rate > 0 else ""
