@@ -85,6 +85,7 @@ ORDER = (
     "training",
     "sampling",
     "agent",
+    "cloning",
     "evaluation",
     "aggregation",
     "latency",
@@ -183,6 +184,7 @@ def test_what_presets_publish():
         "questions",
         "acting",
         "specialists",
+        "stacking",
     }
     assert "notebooks" in published["laptop"] and "notebooks" not in published["ablation"]
     rows = pathlib.PurePath("results/16_ablations.csv")
@@ -196,6 +198,7 @@ def test_what_presets_publish():
     [
         ([], '--preset "laptop" --publish'),
         (["PRESET=ablation"], '--preset "ablation" --notebook 16_ablations --publish'),
+        (["PRESET=stacking"], "07_rgb_stacking --notebook 11_finetune_stacking --publish"),
         (["PRESET=x", "NOTEBOOK=a b"], '--preset "x" --notebook a --notebook b --publish'),
     ],
 )
