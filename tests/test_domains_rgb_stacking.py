@@ -691,16 +691,18 @@ def test_the_expert_knows_every_ordered_pair(name):
 
 def settled(env):
     """Checks that the numbers are sound and that what is let alone comes to rest in the box."""
-    for _ in range(30):
+    speeds = [np.inf]
+    while len(speeds) < 30 or (speeds[-1] > 0.02 and len(speeds) < 100):  # what is round may roll
         env.data.qpos[2], env.data.qvel[:6] = HEIGHT[1], 0  # the hand is out of the way
         env._target[2] = HEIGHT[1]
         env._advance(STEP)
+        speeds.append(max(np.abs(env.data.joint(c).qvel[:3]).max() for c in COLOURS))
     assert np.isfinite(env.data.qpos).all() and np.isfinite(env.data.qvel).all()
     assert not env.data.warning.number.any()
     for colour in COLOURS:
         place, _ = env.pose(colour)
         assert np.abs(place[:2]).max() < 0.26 and env.span(colour)[0] > -0.002, colour
-        assert np.abs(env.data.joint(colour).qvel[:3]).max() < 0.02, colour
+    assert speeds[-1] <= 0.02
 
 
 @pytest.mark.slow
