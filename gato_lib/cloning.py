@@ -1,14 +1,15 @@
 """Behaviour cloning with a small convolutional network: the baseline of RGB Stacking (5.3, 5.4).
 
-The paper sets Gato beside BC-IMP of Lee et al. 2021, a network that sees the newest observation
-alone and regresses the demonstrator's action. Ours is of that kind:
+The paper sets Gato beside BC-IMP of Lee et al. 2021, a convolutional network that sees the newest
+observation alone and imitates the demonstrator's action. Ours is of that kind:
 
     each camera (H, W, 3) -> 8x8 stride 4 -> 4x4 stride 2 -> 3x3 -> features -.
-    all numbers, standardised ------------------------------------------------+-> two layers -> a
+    all numbers, standardised ------------------------------------------------+-> two layers -> p(a)
 
-Actions are scaled to [-1, 1] by the bounds of their space. The loss is all but the absolute error,
-whose best answer is the median: where demonstrators would open or close the gripper, it is the one
-that more of them do, not half of it.
+Actions are scaled to [-1, 1] by the bounds of their space. p(a) is a mixture of Gaussians, of which
+an action is drawn, as BC-GMM of Mandlekar et al. 2021 does. Demonstrators wait, turn back and try
+again for reasons that no single image shows; a network that answers with one action for each image,
+the mean or the median of them, stops where they most often waited, and stays there.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from gato_lib.sequence import IMAGE, TEXT, as_images, image_layout, space_kind
 
 KERNELS = ((8, 4), (4, 2), (3, 1))  # side and stride of each convolution
 POOLS = ("flat", "softmax", "both")
-HUBER = 0.1  # errors below are squared, so that the gradient is smooth at none
+MIN_DEVIATION = 0.02  # of a Gaussian, 1 % of the range: a density has no limit without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class CloningConfig(Settings):
       pool: what is read off the last of them: "flat", every value; "softmax", where in the image
         each channel is strongest (a spatial soft-argmax); or "both".
       width: of the two layers behind.
+      modes: Gaussians of the mixture, each over all numbers of an action at once.
       shift: pixels by which a training image is moved at most, each way and each camera for itself;
         the border is repeated. 0 is off.
       validation_fraction: share of the episodes, rounded down, that training never sees.
@@ -58,6 +60,7 @@ class CloningConfig(Settings):
     channels: tuple[int, ...] = (16, 32, 32)
     pool: str = "both"
     width: int = 256
+    modes: int = 5
     steps: int = 4_000
     batch_size: int = 256
     peak_lr: float = 1e-3
@@ -75,7 +78,7 @@ class CloningConfig(Settings):
             f"channels is {self.channels}, expected {len(KERNELS)} positive numbers",
         )
         self._require(self.pool in POOLS, f"pool is {self.pool!r}, expected one of {POOLS}")
-        for name in ("width", "steps", "batch_size", "peak_lr"):
+        for name in ("width", "modes", "steps", "batch_size", "peak_lr"):
             self._require(getattr(self, name) > 0, f"{name} must be positive")
         self._require(
             0 <= self.warmup_steps < self.steps,
@@ -237,8 +240,29 @@ class CameraNet(nnx.Module):
         return jnp.concatenate(features, axis=1)
 
 
+Mixture = tuple[Any, Any, Any]
+"""Log-weights (B, K), means and standard deviations (B, K, A) of Gaussians over scaled actions."""
+
+
+def log_density(mixture: Mixture, actions: jax.Array) -> jax.Array:
+    """Log of the density of scaled actions (B, A): (B,)."""
+    weights, means, deviations = mixture
+    each = jax.scipy.stats.norm.logpdf(actions[:, None], means, deviations).sum(axis=2)  # (B, K)
+    return jax.nn.logsumexp(weights + each, axis=1)
+
+
+def draw(mixture: Mixture, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+    """A scaled action (A,) for each row, of that row's own generator: (B, A)."""
+    actions = []
+    for weights, means, deviations, rng in zip(*mixture, rngs, strict=True):
+        share = np.exp(weights, dtype=np.float64)
+        mode = rng.choice(len(share), p=share / share.sum())
+        actions.append(rng.normal(means[mode], deviations[mode]))
+    return np.stack(actions)
+
+
 class CloningNet(nnx.Module):
-    """Images and standardised numbers to scaled actions (B, A), which may lie past the bounds."""
+    """Images and standardised numbers to a `Mixture`, whose means may lie past the bounds."""
 
     def __init__(self, layout: Layout, config: CloningConfig, *, rngs: nnx.Rngs):
         self.cameras = nnx.Dict({key: CameraNet(config, rngs=rngs) for key, _ in layout.images})
@@ -252,15 +276,19 @@ class CloningNet(nnx.Module):
         inputs = layout.width + (width if seen else 0)
         self.hidden = nnx.Linear(inputs, width, rngs=rngs)
         self.hidden2 = nnx.Linear(width, width, rngs=rngs)
-        self.action = nnx.Linear(width, len(layout.low), rngs=rngs)
+        self.shape = config.modes, len(layout.low)
+        self.weights = nnx.Linear(width, config.modes, rngs=rngs)
+        self.means = nnx.Linear(width, config.modes * len(layout.low), rngs=rngs)
+        self.deviations = nnx.Linear(width, config.modes * len(layout.low), rngs=rngs)
 
-    def __call__(self, images: Mapping[str, jax.Array], numbers: jax.Array) -> jax.Array:
+    def __call__(self, images: Mapping[str, jax.Array], numbers: jax.Array) -> Mixture:
         if self.look is not None:
             features = [camera(images[key]) for key, camera in self.cameras.items()]
             seen = nnx.relu(self.norm(self.look(jnp.concatenate(features, axis=1))))
             numbers = jnp.concatenate([seen, numbers], axis=1)
-        x = nnx.relu(self.hidden(numbers))
-        return self.action(nnx.relu(self.hidden2(x)))
+        x = nnx.relu(self.hidden2(nnx.relu(self.hidden(numbers))))
+        means, wide = (layer(x).reshape(-1, *self.shape) for layer in (self.means, self.deviations))
+        return jax.nn.log_softmax(self.weights(x)), means, MIN_DEVIATION + jax.nn.softplus(wide)
 
 
 Norm = tuple[
@@ -300,8 +328,9 @@ def fit(
 ) -> Iterator[tuple[dict[str, float], Any, Norm]]:
     """Train, yielding (metrics, params, norm) every so many steps and at the end.
 
-    Metrics are "step", "loss" (mean since the last report), "validation_loss" (of all the held-out
-    timesteps; NaN without any) and "timesteps_per_second". The parameters are given away to the
+    Metrics are "step", "loss" (mean since the last report, in nats a number of the scaled action; a
+    density's, so it may be negative), "validation_loss" (of all the held-out timesteps; NaN without
+    any) and "timesteps_per_second". The parameters are given away to the
     next step: copy what is to outlive it. Raises DataError for an episode that does not fit its
     spaces, and FloatingPointError at the next report where the loss was not finite.
     """
@@ -325,8 +354,8 @@ def fit(
 
     def errors(params, inputs, actions):
         """Loss of each timestep (B,)."""
-        chosen = nnx.merge(graph, params)(inputs["images"], standardise(inputs["numbers"], norm))
-        return optax.huber_loss(chosen, actions, delta=HUBER).mean(axis=1) / HUBER
+        mixture = nnx.merge(graph, params)(inputs["images"], standardise(inputs["numbers"], norm))
+        return -log_density(mixture, actions) / actions.shape[1]
 
     @jax.jit
     def validate_batch(params, inputs, actions):
@@ -490,7 +519,7 @@ class Spaces:
 class Cloner:
     """A trained policy, which `evaluation.Evaluation` plays as it plays an `Agent`.
 
-    It has no prompt and no memory, and its choice is not random: seeds do not matter.
+    It has no prompt and no memory. What is drawn in an episode depends on the episode's seed alone.
     """
 
     def __init__(self, layout: Layout, graph: Any, params: Any, norm: Norm):
@@ -518,36 +547,38 @@ class Cloner:
         """Begin an episode for each seed. Raises ValueError where one has a prompt."""
         if any(prompt is not None for prompt in prompts or ()):
             raise ValueError("this policy takes no prompt")
-        return ClonePlayer(self, spaces, len(seeds))
+        return ClonePlayer(self, spaces, seeds)
 
-    def choose(self, inputs: Inputs) -> np.ndarray:
-        """Actions (B, A) within their bounds, float64."""
-        return self.layout.unscale(np.asarray(self._act(self.params, inputs), np.float64))
+    def mixture(self, inputs: Inputs) -> Mixture:
+        """What actions are drawn from, as NumPy arrays."""
+        return jax.device_get(self._act(self.params, inputs))
 
 
 class ClonePlayer:
     """Acts in a batch of episodes, a forward pass a step."""
 
-    def __init__(self, cloner: Cloner, spaces: Spaces, rows: int):
-        self._cloner, self._spaces, self._rows = cloner, spaces, rows
+    def __init__(self, cloner: Cloner, spaces: Spaces, seeds: Sequence[int]):
+        self._cloner, self._spaces = cloner, spaces
+        self._rngs = [np.random.default_rng(seed) for seed in seeds]
 
     def __len__(self) -> int:
-        return self._rows
+        return len(self._rngs)
 
     def only(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; the other episodes are over."""
-        self._rows = len(rows)
+        self._rngs = [self._rngs[row] for row in rows]
 
     def act(self, observations: Sequence[Any]) -> list[np.ndarray]:
         """An action for each row; raises DataError for an observation that does not fit."""
-        if len(observations) != self._rows:
-            raise ValueError(f"{len(observations)} observations for {self._rows} episodes")
+        rows = len(self)
+        if len(observations) != rows:
+            raise ValueError(f"{len(observations)} observations for {rows} episodes")
         space, action_space = self._spaces.observation_space, self._spaces.action_space
         for observation in observations:
             check_observation(observation, space, "act")
         leaves = [flatten(observation) for observation in observations]
         # Rows up to a power of two are copies of others: few shapes are compiled.
-        leaves += leaves[:1] * ((1 << (self._rows - 1).bit_length()) - self._rows)
+        leaves += leaves[:1] * ((1 << (rows - 1).bit_length()) - rows)
         together = {key: np.stack([seen[key] for seen in leaves]) for key in leaves[0]}
         layout = self._cloner.layout
         images = {
@@ -555,5 +586,6 @@ class ClonePlayer:
             for key, _ in layout.images
         }
         numbers = layout.read_numbers(together, len(leaves))
-        actions = self._cloner.choose({"images": images, "numbers": numbers})[: self._rows]
+        mixture = self._cloner.mixture({"images": images, "numbers": numbers})
+        actions = layout.unscale(draw([part[:rows] for part in mixture], self._rngs))
         return list(actions.reshape(-1, *action_space.shape).astype(action_space.dtype))
