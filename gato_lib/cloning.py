@@ -330,9 +330,9 @@ def fit(
 
     Metrics are "step", "loss" (mean since the last report, in nats a number of the scaled action; a
     density's, so it may be negative), "validation_loss" (of all the held-out timesteps; NaN without
-    any) and "timesteps_per_second". The parameters are given away to the
-    next step: copy what is to outlive it. Raises DataError for an episode that does not fit its
-    spaces, and FloatingPointError at the next report where the loss was not finite.
+    any) and "timesteps_per_second". The parameters are given away to the next step: copy what is to
+    outlive it. Raises DataError for an episode that does not fit its spaces, and FloatingPointError
+    at the next report where the loss was not finite.
     """
     if not episodes:
         raise DataError("there are no episodes to train on")
@@ -559,7 +559,8 @@ class ClonePlayer:
 
     def __init__(self, cloner: Cloner, spaces: Spaces, seeds: Sequence[int]):
         self._cloner, self._spaces = cloner, spaces
-        self._rngs = [np.random.default_rng(seed) for seed in seeds]
+        # Not default_rng(seed): an environment may lay out its episode with that stream.
+        self._rngs = [np.random.default_rng([seed, 2]) for seed in seeds]
 
     def __len__(self) -> int:
         return len(self._rngs)
