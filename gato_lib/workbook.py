@@ -7,6 +7,7 @@ returns at once where its work is done.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -1003,9 +1004,9 @@ def run_trials(
 ) -> Iterator[tuple[Trial, pd.DataFrame, pd.DataFrame]]:
     """Run trials, `workers` at a time on a core each, yielding (trial, metrics, played).
 
-    Trials of one data set follow each other, so that a worker seldom has to read another. Prints
-    progress. With one worker everything happens in this process, on all cores. Raises ConfigError
-    for two equal trials; an error in a trial carries its name.
+    Each is yielded when it is done. Trials of one data set follow each other, so that a worker
+    seldom has to read another. Prints progress. With one worker everything happens in this process,
+    on all cores. Raises ConfigError for two equal trials; an error in a trial carries its name.
     """
     if len({(t.name, t.train.seed) for t in trials}) < len(trials):
         raise ConfigError("two trials have the same name and seed")
@@ -1015,15 +1016,50 @@ def run_trials(
         collect(run, config)  # before the workers start: they would all collect
     with contextlib.ExitStack() as stack:
         if workers == 1:
-            outcomes = (run_trial(run, t) for t in trials)
+            outcomes = ((t, run_trial(run, t)) for t in trials)
         else:
             pool = stack.enter_context(collection.worker_pool(workers, pinned=True))
-            outcomes = pool.map(_run_quietly, [run] * len(trials), trials)
-        for number, (trial, outcome) in enumerate(zip(trials, outcomes, strict=True), start=1):
+            futures = {pool.submit(_run_quietly, run, t): t for t in trials}
+            done = concurrent.futures.as_completed(futures)
+            outcomes = ((futures[future], future.result()) for future in done)
+        for number, (trial, outcome) in enumerate(outcomes, start=1):
             spent = time.perf_counter() - begin
             left = duration(spent / number * (len(trials) - number))
             progress(f"{number} of {len(trials)} trials: {trial.name}, about {left} left")
             yield trial, *outcome
+
+
+def sweep(
+    run: Run,
+    name: str,
+    trials: Sequence[Trial],
+    rows_of: Callable[[Trial, pd.DataFrame, pd.DataFrame], list[dict[str, Any]]],
+    workers: int = 1,
+    part: tuple[int, int] = (0, 1),
+) -> pd.DataFrame:
+    """Run a grid of trials and return its rows: those of every trial that is done, in order.
+
+    The rows of each are in a file of their own, `results/<name>/<trial>-<digest>.csv`, written when
+    the trial is over; the digest is of its settings and of the code. A trial whose file is there is
+    not run again, so a grid that was interrupted goes on. `part` (i, n) is one of n machines'
+    share: each runs every n-th trial, and their files, copied into one folder, are the whole. What
+    is still missing is printed. Raises what `run_trials` and `results.read_rows` raise.
+    """
+    code = source_digest(*ACTING_CODE)
+    paths = {}
+    for trial in trials:
+        sources = "".join(sorted({domains.domain_of(t).code for t in trial.data.tasks}))
+        digest = hashlib.sha256(f"{trial}{code}{sources}".encode()).hexdigest()[:8]
+        paths[trial] = run.results / name / f"{trial.name}-{digest}.csv"
+    if len(set(paths.values())) < len(trials):
+        raise ConfigError(f"{name}: two trials are the same")
+    index, of = part
+    todo = [t for t in trials[index::of] if not paths[t].is_file()]
+    for trial, metrics, played in run_trials(run, todo, workers):
+        results.write_rows(paths[trial], rows_of(trial, metrics, played))
+    done = [path for path in paths.values() if path.is_file()]
+    print(f"{len(done)} of {len(trials)} trials are done")
+    return pd.concat([results.read_rows(path) for path in done], ignore_index=True)
 
 
 def _run_quietly(run: Run, trial: Trial) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -144,8 +150,7 @@ def test_what_watches_a_training(tmp_path):
         workbook.load_agent(folder, "last")
 
 
-@pytest.mark.slow
-def test_trials_side_by_side_equal_trials_in_turn(tmp_path):
+def small_trials(count: int) -> list[Trial]:
     network = model_config("w64d2", text_rows=1024, stochastic_depth=0.0)
     data = DataConfig(
         tasks=("metaworld/drawer-close",),
@@ -154,11 +159,17 @@ def test_trials_side_by_side_equal_trials_in_turn(tmp_path):
         batch_tokens=352,
         vocabulary_size=1024,
     )
+    fit = TrainConfig(steps=2, warmup_steps=1)
+    return [
+        Trial(f"t{seed}", network, dataclasses.replace(fit, seed=seed), data, episodes=1)
+        for seed in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_trials_side_by_side_equal_trials_in_turn(tmp_path):
     trials = [
-        Trial(
-            f"t{seed}", network, TrainConfig(steps=4, warmup_steps=1, seed=seed), data, episodes=1
-        )
-        for seed in range(3)
+        dataclasses.replace(t, train=dataclasses.replace(t.train, steps=4)) for t in small_trials(3)
     ]
     outcomes = {}
     for workers in (1, 2):
@@ -170,6 +181,76 @@ def test_trials_side_by_side_equal_trials_in_turn(tmp_path):
         assert one == pytest.approx(two, rel=1e-5)  # a core each sums in another order than two
         assert played == 1
     assert len({tuple(outcomes[1, t.name][0]) for t in trials}) == 3, "seeds differ"
+
+
+def rows_of(trial, metrics, played):
+    return [results.row(trial.name, trial.train.seed, 2, "all", "all", "loss", 1.0, len(played))]
+
+
+def test_a_sweep_runs_what_is_missing_and_shares_can_be_put_together(tmp_path, monkeypatch):
+    ran = []
+
+    def run_trials(run, trials, workers):
+        for trial in trials:
+            if trial.name == "t3" and not ran[3:]:
+                raise KeyboardInterrupt
+            ran.append(trial.name)
+            yield trial, pd.DataFrame(), pd.DataFrame(index=range(5))
+
+    monkeypatch.setattr(workbook, "run_trials", run_trials)
+    run, trials = Run(tmp_path / "a", "smoke"), small_trials(5)
+    with pytest.raises(KeyboardInterrupt):
+        workbook.sweep(run, "grid", trials, rows_of)
+    assert ran == ["t0", "t1", "t2"], "and their rows are kept"
+    ran.append("restarted")
+    frame = workbook.sweep(run, "grid", trials, rows_of)
+    assert ran[4:] == ["t3", "t4"] and frame.run.tolist() == [t.name for t in trials]
+    again = workbook.sweep(run, "grid", trials, rows_of)
+    assert len(ran) == 6 and again.equals(frame)
+    changed = dataclasses.replace(trials[0], episodes=2)
+    workbook.sweep(run, "grid", [changed, *trials[1:]], rows_of)
+    assert ran[6:] == ["t0"], "other settings are another trial"
+
+    shares = [Run(tmp_path / name, "smoke") for name in "bc"]
+    for index, share in enumerate(shares):
+        workbook.sweep(share, "grid", trials, rows_of, part=(index, 2))
+    assert ran[7:] == ["t0", "t2", "t4", "t1", "t3"]
+    for path in (shares[1].results / "grid").iterdir():
+        path.rename(shares[0].results / "grid" / path.name)
+    together = workbook.sweep(shares[0], "grid", trials, rows_of)
+    assert len(ran) == 12 and together.equals(frame)
+    with pytest.raises(ConfigError, match="two trials are the same"):
+        workbook.sweep(run, "grid", [trials[0], trials[0]], rows_of)
+
+
+SWEEP = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_workbook import Run, pathlib, rows_of, small_trials, workbook
+
+if __name__ == "__main__":
+    run = Run(pathlib.Path({root!r}), "smoke")
+    workbook.sweep(run, "grid", small_trials(4), rows_of, workers=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_loses_nothing_and_repeats_nothing(tmp_path):
+    script = tmp_path / "sweep.py"
+    script.write_text(SWEEP.format(tests=str(pathlib.Path(__file__).parent), root=str(tmp_path)))
+    process = subprocess.Popen([sys.executable, script])
+    folder, until = tmp_path / "results" / "grid", time.time() + 300
+    while not list(folder.glob("*.csv")):
+        assert process.poll() is None and time.time() < until
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*.csv")}
+    subprocess.run([sys.executable, script], check=True)
+    after = {p: p.stat().st_mtime_ns for p in folder.glob("*.csv")}
+    assert len(after) == 4 and after.items() >= before.items()
+    agents = [p for p in (tmp_path / "agents").iterdir() if p.is_dir()]
+    assert len(agents) == 4, "what was trained is not trained under another name"
 
 
 def test_rows_are_tidy(tmp_path):
