@@ -20,11 +20,12 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import grain
 import gymnasium as gym
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
@@ -45,6 +46,7 @@ from gato_lib.episodes import DataError, Document, Episode, flatten, is_text
 from gato_lib.evaluation import (
     Evaluation,
     Lane,
+    batches,
     close_environments,
     read_references,
     rollouts,
@@ -415,12 +417,17 @@ def _camera(env: Any, size: int) -> Iterator[Callable[[Any], np.ndarray]]:
 
 
 def prepare(
-    run: Run, config: DataConfig, pieces: TextTokenizer | None = None, held_out: bool = False
+    run: Run,
+    config: DataConfig,
+    pieces: TextTokenizer | None = None,
+    held_out: bool = False,
+    few: tuple[int, int] | None = None,
 ) -> Prepared:
     """Collect what is missing, tokenize it, and build the mixture. Prints progress.
 
     `pieces` are another agent's, for the same ids; without, they are the run's own. `held_out`
-    tasks are for what has been trained already; no pretraining may name any.
+    tasks are for what has been trained already; no pretraining may name any. `few` are the number
+    of each task's demonstrations to keep, and of the draw (`draw_few`).
     """
     wanted = collections(run, config, held_out)
     progress = Progress()
@@ -434,6 +441,8 @@ def prepare(
     for number, item in enumerate(wanted):
         progress(f"reading {item.task} ({number + 1} of {len(wanted)})")
         episodes[item.task], card = collection.load(item)
+        if few is not None:
+            episodes[item.task] = draw_few(episodes[item.task], *few)
         env = domains.make_env(item.task)
         spaces[item.task] = env.observation_space, env.action_space
         env.close()
@@ -463,8 +472,8 @@ def prepare(
         groups.setdefault(name, {})[task] = tokens
         card["steps"] = sum(s.steps for s in tokens)
         card["tokens"] = sum(map(len, tokens))
-        if "source" in card:
-            content[name] = _content(tokens)
+        if "source" in card or few is not None:
+            content[name] = _content(tokens, content.get(name, ""))
     built = [build_group(n, groups.pop(n), config) for n in list(groups)]
     documents, written = {}, []
     for i, each in enumerate(sets):
@@ -494,6 +503,18 @@ def prepare(
         built.append(build_documents(name, parts, config, pairs))
     progress(f"{tasks} tasks and {len(sets)} sets of documents ready", done=True)
     return Prepared(Mixture(built, config), text, cards, content, written)
+
+
+def draw_few(episodes: Sequence[Episode], count: int, draw: int) -> list[Episode]:
+    """So many of a task's demonstrations, the first of a permutation that `draw` decides.
+
+    A smaller number of the same draw is a part of a larger one (App. E). Raises DataError where
+    there are fewer.
+    """
+    if count > len(episodes):
+        raise DataError(f"{len(episodes)} demonstrations are there, {count} are wanted")
+    order = np.random.default_rng([draw, 3]).permutation(len(episodes))
+    return [episodes[i] for i in order[:count]]
 
 
 def _shares(episodes: Sequence[Episode]) -> list[float]:
@@ -955,9 +976,23 @@ def talk_html(turns: Turns) -> str:
 # --- trials ---------------------------------------------------------------------------------------
 
 
+class Experiment(Protocol):
+    """One point of a grid: picklable settings, and `run`: metrics, and what was played.
+
+    `name` and `train.seed` together are its own; `data` is what it is trained on.
+    """
+
+    name: str
+    train: TrainConfig
+    data: DataConfig
+    held_out: bool
+
+    def run(self, run: Run) -> tuple[pd.DataFrame, pd.DataFrame]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One agent of an experiment: what it is trained with, and how it then plays.
+    """An agent that is trained and then plays.
 
     `train.seed` decides the first parameters and the order of batches. Every trial plays the same
     `episodes` of each task.
@@ -971,37 +1006,117 @@ class Trial:
     prompt: str = "none"
     continuous: str = "sample"
     lanes: int = 5
+    held_out: ClassVar[bool] = False
 
+    def run(self, run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Metrics (as `train_agent`) and played episodes (as `play`).
 
-def run_trial(run: Run, trial: Trial) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Train and play; returns metrics (as `train_agent`) and played episodes (as `play`).
-
-    What was done before is not done again.
-    """
-    try:
-        prepared = _prepare_once(run, trial.data)
-        folder, metrics = train_agent(run, trial.name, trial.model, trial.train, prepared)
+        What was done before is not done again.
+        """
+        prepared = _prepare_once(run, self.data)
+        folder, metrics = train_agent(run, self.name, self.model, self.train, prepared)
         played = play(
             run,
             folder,
-            trial.episodes,
+            self.episodes,
             seed=0,
-            lanes=trial.lanes,
-            prompt=trial.prompt,
-            continuous=trial.continuous,
+            lanes=self.lanes,
+            prompt=self.prompt,
+            continuous=self.continuous,
         )
+        return metrics, played
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """An agent that goes on learning from a few demonstrations, and plays as it learns (App. E).
+
+    Attributes:
+      train: `train.seed` decides the batches, and which demonstrations are drawn (`draw_few`).
+      few: how many demonstrations of each task; 0 trains nothing.
+      pieces: folder of the agent whose text pieces are used.
+      start: folder of the agent that is started from; empty: random parameters.
+      every: updates from one evaluation to the next.
+      episodes: played of each task in every evaluation, always the same ones.
+      final: others, played at the end: nothing was chosen by them.
+    """
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+    few: int
+    pieces: str
+    start: str
+    every: int
+    episodes: int
+    final: int
+    continuous: str = "sample"
+    lanes: int = 5
+    held_out: ClassVar[bool] = True
+
+    def run(self, run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Metrics (as `train_agent`), and played episodes with `updates` and whether `final`.
+
+        Nothing of it is kept: it is minutes at most, and done again after an interruption.
+        """
+        text = TextTokenizer(pathlib.Path(self.pieces) / "text.model")
+        if self.start:
+            params = load_agent(self.start).params
+        else:
+            params = initial_state(self.model, self.train)["params"]
+        rows, played = [], []
+
+        def play_now(params: Any, updates: int, first: int, count: int, final: bool) -> None:
+            agent = Agent(
+                self.model,
+                params,
+                text,
+                self.data.context_length,
+                lengths,
+                self.data.parallel_actions,
+                self.data.tell_return,
+                continuous=self.continuous,
+            )
+            how = Evaluation(lambda: agent, 0)
+            for batch in batches(self.data.tasks, count, self.lanes):
+                again = how.play(tuple((task, first + index) for task, index in batch))
+                played.extend(row | {"updates": updates, "final": final} for row in again)
+
+        lengths: dict[str, int] = {}
+        step = 0
+        if self.few:
+            few = (self.few, self.train.seed)
+            prepared = prepare(run, self.data, text, held_out=True, few=few)
+            lengths = {group.name: group.length for group in prepared.mixture.groups}
+            cadence = {"report_every": self.every, "save_every": self.train.steps}
+            for metrics, trained in train(
+                self.model, self.train, prepared.mixture, params=params, **cadence
+            ):
+                rows += _metric_rows(metrics)
+                # The next update is given those away.
+                params, step = jax.tree.map(jnp.copy, trained), metrics.step
+                play_now(params, step, 0, self.episodes, False)
+        play_now(params, step, self.episodes, self.final, True)
+        close_environments()
+        return pd.DataFrame(rows), pd.DataFrame(played)
+
+
+def run_trial(run: Run, trial: Experiment) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`trial.run`; an error carries the trial's name."""
+    try:
+        return trial.run(run)
     except Exception as error:
         error.add_note(f"in trial {trial.name!r}, seed {trial.train.seed}")
         raise
-    return metrics, played
 
 
 _prepare_once = functools.lru_cache(maxsize=1)(prepare)
 
 
 def run_trials(
-    run: Run, trials: Sequence[Trial], workers: int = 1
-) -> Iterator[tuple[Trial, pd.DataFrame, pd.DataFrame]]:
+    run: Run, trials: Sequence[Experiment], workers: int = 1
+) -> Iterator[tuple[Experiment, pd.DataFrame, pd.DataFrame]]:
     """Run trials, `workers` at a time on a core each, yielding (trial, metrics, played).
 
     Each is yielded when it is done. Trials of one data set follow each other, so that a worker
@@ -1013,7 +1128,8 @@ def run_trials(
     progress, begin = Progress(every=0.0), time.perf_counter()
     trials = sorted(trials, key=lambda t: t.data.digest())
     for config in dict.fromkeys(t.data for t in trials):
-        collect(run, config)  # before the workers start: they would all collect
+        held_out = any(t.held_out for t in trials if t.data == config)
+        collect(run, config, held_out=held_out)  # before the workers start: they would all
     with contextlib.ExitStack() as stack:
         if workers == 1:
             outcomes = ((t, run_trial(run, t)) for t in trials)
@@ -1032,8 +1148,8 @@ def run_trials(
 def sweep(
     run: Run,
     name: str,
-    trials: Sequence[Trial],
-    rows_of: Callable[[Trial, pd.DataFrame, pd.DataFrame], list[dict[str, Any]]],
+    trials: Sequence[Experiment],
+    rows_of: Callable[[Any, pd.DataFrame, pd.DataFrame], list[dict[str, Any]]],
     workers: int = 1,
     part: tuple[int, int] = (0, 1),
 ) -> pd.DataFrame:
@@ -1062,7 +1178,7 @@ def sweep(
     return pd.concat([results.read_rows(path) for path in done], ignore_index=True)
 
 
-def _run_quietly(run: Run, trial: Trial) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _run_quietly(run: Run, trial: Experiment) -> tuple[pd.DataFrame, pd.DataFrame]:
     jax.clear_caches()  # what the worker's last trial compiled is not wanted again
     with contextlib.redirect_stdout(io.StringIO()):
         return run_trial(run, trial)

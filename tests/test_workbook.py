@@ -15,6 +15,7 @@ import pytest
 from gato_lib import domains, results, workbook
 from gato_lib.agent import Agent
 from gato_lib.config import ConfigError, DataConfig, TrainConfig, model_config
+from gato_lib.episodes import DataError
 from gato_lib.mixture import STANDS_FOR
 from gato_lib.sampling import Sampling
 from gato_lib.tokenizers import train_text_tokenizer
@@ -251,6 +252,68 @@ def test_a_sweep_that_was_killed_loses_nothing_and_repeats_nothing(tmp_path):
     assert len(after) == 4 and after.items() >= before.items()
     agents = [p for p in (tmp_path / "agents").iterdir() if p.is_dir()]
     assert len(agents) == 4, "what was trained is not trained under another name"
+
+
+def test_few_demonstrations_are_a_part_of_more_and_draws_differ():
+    episodes = list(range(20))
+    draws = [workbook.draw_few(episodes, 10, draw) for draw in range(3)]
+    for draw, some in enumerate(draws):
+        assert len(set(some)) == 10
+        assert workbook.draw_few(episodes, 3, draw) == some[:3]
+    assert len({tuple(some) for some in draws}) == 3
+    with pytest.raises(DataError, match="20 demonstrations are there, 21 are wanted"):
+        workbook.draw_few(episodes, 21, 0)
+
+
+def test_fine_tuning_begins_where_the_agent_is_and_plays_as_it_learns(tmp_path, monkeypatch):
+    run, (trial, _) = Run(tmp_path, "smoke"), small_trials(2)
+    folder, _ = workbook.train_agent(
+        run, "start", trial.model, trial.train, workbook.prepare(run, trial.data)
+    )
+    agents, lasting = [], workbook.Evaluation.play
+
+    def play(evaluation, lanes):  # the first steps of each episode are enough
+        agents.append(evaluation.make_agent())
+        return lasting(evaluation, lanes)
+
+    monkeypatch.setattr(workbook.Evaluation, "play", play)
+    monkeypatch.setattr(domains.metaworld, "MAX_STEPS", 6)
+    tuning = workbook.FineTuning(
+        "few",
+        dataclasses.replace(trial.model, dropout=0.1),
+        dataclasses.replace(trial.train, steps=4, warmup_steps=0, schedule="constant", seed=1),
+        dataclasses.replace(
+            trial.data, tasks=("metaworld/assembly",), episodes=(("metaworld", 3),)
+        ),
+        few=2,
+        pieces=str(folder),
+        start=str(folder),
+        every=2,
+        episodes=2,
+        final=3,
+    )
+    metrics, played = tuning.run(run)
+    assert metrics.step.tolist() == [2, 4]
+    assert played.groupby(["updates", "final"])["index"].agg(list).to_dict() == {
+        (2, False): [0, 1],
+        (4, False): [0, 1],
+        (4, True): [2, 3, 4],
+    }
+    assert set(played.task) == {"metaworld/assembly"}
+    table = [np.asarray(a.params["embedding"]["table"]) for a in agents]
+    begun = np.asarray(workbook.load_agent(folder).params["embedding"]["table"])
+    moved = [np.abs(t - begun).mean() for t in table]
+    assert 0 < moved[0] < moved[1] == moved[2]
+
+    agents.clear()
+    metrics, played = dataclasses.replace(tuning, few=0).run(run)
+    assert not len(metrics) and played.updates.eq(0).all() and played.final.all()
+    assert (np.asarray(agents[0].params["embedding"]["table"]) == begun).all()
+    agents.clear()
+    dataclasses.replace(tuning, few=0, start="").run(run)
+    assert (np.asarray(agents[0].params["embedding"]["table"]) != begun).any()
+    with pytest.raises(DataError, match="3 demonstrations are there, 4 are wanted"):
+        workbook.run_trial(run, dataclasses.replace(tuning, few=4))
 
 
 def test_rows_are_tidy(tmp_path):
