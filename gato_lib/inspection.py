@@ -9,7 +9,6 @@ scores of every layer and head, so it is for a few windows of hundreds of tokens
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -121,28 +120,42 @@ def mean_hidden(
     params: Any,
     windows: Sequence[tuple[TokenSequence, int, int]],
     length: int,
+    parallel: bool = False,
     rows: int = 16,
 ) -> np.ndarray:
     """Hidden states averaged over the tokens of each window, float32 (L + 1, W, D) (5.7).
 
-    A window is the tokens [first, last) of a sequence. One of more than `length` tokens, the most
-    that the network was trained to see, is read in equal pieces that do not see each other, so that
-    no distance occurs that training did not have. `rows` pieces are computed at a time.
+    A window is the tokens [first, last) of a sequence, and begins where a timestep does. What is
+    longer than `length` tokens, the most that the network was trained to see, is read in pieces of
+    whole timesteps (of a document, of any tokens) that do not see each other: the network meets
+    nothing that training did not have. `parallel`: whether actions are not told as inputs (App. G).
+    `rows` pieces are computed at a time.
 
-    Raises ValueError for a window without tokens or outside its sequence.
+    Raises ValueError for a window without tokens, outside its sequence or beginning within a
+    timestep, and for a timestep longer than `length`.
     """
     pieces = []  # of a window: its number, its sequence, tokens
     for number, (seq, first, last) in enumerate(windows):
-        if not 0 <= first < last <= len(seq):
-            raise ValueError(f"window {number} is [{first}, {last}) of {len(seq)} tokens")
-        ends = np.linspace(first, last, -(-(last - first) // length) + 1).astype(int).tolist()
-        pieces += [(number, seq, a, b) for a, b in itertools.pairwise(ends)]
+        if not 0 <= first < last <= len(seq) or first not in seq.offsets:
+            raise ValueError(
+                f"window {number} is [{first}, {last}) of {len(seq)} tokens, expected to begin "
+                "with a timestep"
+            )
+        while first < last:
+            ends = seq.offsets[(seq.offsets > first) & (seq.offsets <= first + length)]
+            end = min(int(ends.max(initial=0)), last)
+            if last - first <= length:  # what is left of the window, its last timestep cut or not
+                end = last
+            if end == 0:
+                raise ValueError(f"window {number}: a timestep is longer than {length} tokens")
+            pieces.append((number, seq, first, end))
+            first = end
     sums = np.zeros((config.depth + 1, len(windows), config.width))
     graph = graph_of(config)
     for begin in range(0, len(pieces), rows):
         some = pieces[begin : begin + rows]
         some += some[:1] * (rows - len(some))  # of one shape; what is added is not counted
-        batch, counted = _rows(some, length)
+        batch, counted = _rows(some, length, parallel)
         totals = np.asarray(_sums(graph, params, batch, counted), np.float64)
         for row, (number, *_) in enumerate(pieces[begin : begin + rows]):
             sums[:, number] += totals[:, row]
@@ -150,7 +163,7 @@ def mean_hidden(
     return (sums / tokens[:, None]).astype(np.float32)
 
 
-def _rows(pieces: Sequence[tuple[int, TokenSequence, int, int]], length: int):
+def _rows(pieces: Sequence[tuple[int, TokenSequence, int, int]], length: int, parallel: bool):
     """A batch with a piece in each row, and which of its tokens count, bool (B, T)."""
     distinct = {id(seq): seq for _, seq, _, _ in pieces}
     starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct.values())]), strict=False))
@@ -159,7 +172,7 @@ def _rows(pieces: Sequence[tuple[int, TokenSequence, int, int]], length: int):
     images = np.concatenate([together.patch[a:b] for ((a, b),) in windows])
     most = len(np.unique(images[images >= 0]))
     most = 1 << (most - 1).bit_length() if most else 0  # few shapes are compiled
-    batch = make_batch(together, windows, length, length, most)
+    batch = make_batch(together, windows, length, length, most, parallel=parallel)
     sizes = np.array([b - a for ((a, b),) in windows])
     return batch, np.arange(length)[None] < sizes[:, None]
 

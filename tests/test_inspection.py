@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -11,8 +12,9 @@ from flax import nnx
 
 from gato_lib import domains, inspection
 from gato_lib.config import MODEL_SIZES
+from gato_lib.episodes import Document
 from gato_lib.model import Gato
-from gato_lib.sequence import Tokenizer, make_batch
+from gato_lib.sequence import Tokenizer, document_tokens, make_batch
 from gato_lib.tokenizers import TextTokenizer
 
 SMALL = dataclasses.replace(
@@ -114,21 +116,40 @@ def test_packed_windows_are_refused(window):
         inspection.look_inside(SMALL, inspection.random_params(SMALL), packed)
 
 
-def test_means_are_those_of_the_hidden_states_wherever_pieces_end(tokens):
+@pytest.mark.parametrize("parallel", [False, True])
+def test_means_are_those_of_the_hidden_states_of_whole_steps(parallel, tokens):
     babyai, metaworld = tokens
-    params = changed(SMALL, 4)
-    windows = [(babyai, 5, 40), (metaworld, 0, 90), (babyai, 0, 1), (metaworld, 44, 70)]
-    found = inspection.mean_hidden(SMALL, params, windows, length=45, rows=4)
-    assert found.shape == (3, 4, 64)
-    for number, (seq, first, last) in enumerate(windows):
-        middle = (first + last) // 2
-        pieces = [(first, middle), (middle, last)] if last - first > 45 else [(first, last)]
+    params, step = changed(SMALL, 4), 44  # tokens of a timestep of Meta-World
+    one, two, three = babyai.offsets[1:4].tolist()
+    windows = [(babyai, one, three), (metaworld, 0, 100), (babyai, 0, 1), (metaworld, 88, 130)]
+    cuts = [[one, two, three], [0, 44, 88, 100], [0, 1], [88, 130]]
+    found = inspection.mean_hidden(SMALL, params, windows, step + 1, parallel, rows=4)
+    assert found.shape == (3, 4, 64) and max(two - one, three - two) <= step + 1 < three - one
+    for number, ((seq, *_), ends) in enumerate(zip(windows, cuts, strict=True)):
         states = []
-        for piece in pieces:
-            batch = make_batch(seq, [[piece]], piece[1] - piece[0], 50, len(seq.patches))
+        for first, last in itertools.pairwise(ends):
+            batch = make_batch(
+                seq, [[(first, last)]], last - first, 50, len(seq.patches), parallel=parallel
+            )
             states.append(inspection.look_inside(SMALL, params, batch).hidden[:, 0])
         expected = np.concatenate(states, axis=1).mean(axis=1)
         np.testing.assert_allclose(found[:, number], expected, atol=1e-4)
-    for first, last in ((4, 4), (-1, 3), (0, len(babyai) + 1)):
+
+
+def test_a_document_is_read_in_pieces_of_any_tokens():
+    text, params = TextTokenizer(), changed(SMALL, 5)
+    seq = document_tokens(Document(("one two three four five six seven eight nine ten",)), text)
+    half = len(seq) // 2
+    whole = inspection.mean_hidden(SMALL, params, [(seq, 0, 2 * half)], half)
+    parts = inspection.mean_hidden(SMALL, params, [(seq, 0, half), (seq, half, 2 * half)], half)
+    np.testing.assert_allclose(whole[:, 0], parts.mean(axis=1), atol=1e-5)
+
+
+def test_windows_that_are_none_are_refused(tokens):
+    babyai, params = tokens[0], inspection.random_params(SMALL)
+    for first, last in ((4, 4), (-1, 3), (0, len(babyai) + 1), (5, 40)):
         with pytest.raises(ValueError, match="window 1 is"):
-            inspection.mean_hidden(SMALL, params, [windows[0], (babyai, first, last)], 45)
+            windows = [(babyai, 0, 20), (babyai, first, last)]
+            inspection.mean_hidden(SMALL, params, windows, 45)
+    with pytest.raises(ValueError, match="window 0: a timestep is longer than 10 tokens"):
+        inspection.mean_hidden(SMALL, params, [(babyai, 0, 60)], 10)
