@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import html
+import inspect
 import io
 import json
 import math
@@ -979,13 +980,17 @@ def talk_html(turns: Turns) -> str:
 class Experiment(Protocol):
     """One point of a grid: picklable settings, and `run`: metrics, and what was played.
 
-    `name` and `train.seed` together are its own; `data` is what it is trained on.
+    `name` and `train.seed` together are its own; `data` is what it is trained on, and `key` all
+    that decides the outcome, wherever it runs.
     """
 
     name: str
     train: TrainConfig
     data: DataConfig
     held_out: bool
+
+    @property
+    def key(self) -> str: ...
 
     def run(self, run: Run) -> tuple[pd.DataFrame, pd.DataFrame]: ...
 
@@ -1007,6 +1012,11 @@ class Trial:
     continuous: str = "sample"
     lanes: int = 5
     held_out: ClassVar[bool] = False
+
+    @property
+    def key(self) -> str:
+        """All settings."""
+        return repr(self)
 
     def run(self, run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Metrics (as `train_agent`) and played episodes (as `play`).
@@ -1054,6 +1064,12 @@ class FineTuning:
     continuous: str = "sample"
     lanes: int = 5
     held_out: ClassVar[bool] = True
+
+    @property
+    def key(self) -> str:
+        """All settings; of folders the names, which hold digests, and not where they lie."""
+        names = {k: pathlib.Path(getattr(self, k)).name for k in ("pieces", "start")}
+        return repr(dataclasses.replace(self, **names)) + inspect.getsource(draw_few)
 
     def run(self, run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Metrics (as `train_agent`), and played episodes with `updates` and whether `final`.
@@ -1156,7 +1172,8 @@ def sweep(
     """Run a grid of trials and return its rows: those of every trial that is done, in order.
 
     The rows of each are in a file of their own, `results/<name>/<trial>-<digest>.csv`, written when
-    the trial is over; the digest is of its settings and of the code. A trial whose file is there is
+    the trial is over; the digest is of its settings and of the code, but not of `rows_of`: let that
+    keep raw numbers, and judge them afterwards. A trial whose file is there is
     not run again, so a grid that was interrupted goes on. `part` (i, n) is one of n machines'
     share: each runs every n-th trial, and their files, copied into one folder, are the whole. What
     is still missing is printed. Raises what `run_trials` and `results.read_rows` raise.
@@ -1164,8 +1181,9 @@ def sweep(
     code = source_digest(*ACTING_CODE)
     paths = {}
     for trial in trials:
-        sources = "".join(sorted({domains.domain_of(t).code for t in trial.data.tasks}))
-        digest = hashlib.sha256(f"{trial}{code}{sources}".encode()).hexdigest()[:8]
+        sources = sorted({domains.domain_of(t).code for t in trial.data.tasks})
+        parts = [trial.key, inspect.getsource(type(trial).run), code, *sources]
+        digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
         paths[trial] = run.results / name / f"{trial.name}-{digest}.csv"
     if len(set(paths.values())) < len(trials):
         raise ConfigError(f"{name}: two trials are the same")
@@ -1175,6 +1193,8 @@ def sweep(
         results.write_rows(paths[trial], rows_of(trial, metrics, played))
     done = [path for path in paths.values() if path.is_file()]
     print(f"{len(done)} of {len(trials)} trials are done")
+    if not done:
+        return pd.DataFrame(columns=list(results.COLUMNS))
     return pd.concat([results.read_rows(path) for path in done], ignore_index=True)
 
 

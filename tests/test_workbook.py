@@ -203,6 +203,7 @@ def test_a_sweep_runs_what_is_missing_and_shares_can_be_put_together(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         workbook.sweep(run, "grid", trials, rows_of)
     assert ran == ["t0", "t1", "t2"], "and their rows are kept"
+    assert not len(workbook.sweep(Run(tmp_path / "none", "smoke"), "grid", [], rows_of))
     ran.append("restarted")
     frame = workbook.sweep(run, "grid", trials, rows_of)
     assert ran[4:] == ["t3", "t4"] and frame.run.tolist() == [t.name for t in trials]
@@ -308,6 +309,8 @@ def test_fine_tuning_begins_where_the_agent_is_and_plays_as_it_learns(tmp_path, 
     agents.clear()
     metrics, played = dataclasses.replace(tuning, few=0).run(run)
     assert not len(metrics) and played.updates.eq(0).all() and played.final.all()
+    elsewhere = dataclasses.replace(tuning, start=f"/another/{folder.name}")
+    assert elsewhere.key == tuning.key != dataclasses.replace(tuning, start="").key
     assert (np.asarray(agents[0].params["embedding"]["table"]) == begun).all()
     agents.clear()
     dataclasses.replace(tuning, few=0, start="").run(run)
