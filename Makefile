@@ -4,7 +4,7 @@
 SHELL := bash
 PRESET ?= laptop
 # Some presets are about one notebook.
-NOTEBOOK ?= $(if $(filter ablation,$(PRESET)),16_ablations)$(if $(filter distillation,$(PRESET)),02_datasets)$(if $(filter questions,$(PRESET)),08_text_samples)$(if $(filter acting,$(PRESET)),06_simulated_control)$(if $(filter specialists,$(PRESET)),12_specialists)$(if $(filter stacking,$(PRESET)),07_rgb_stacking 11_finetune_stacking)
+NOTEBOOK ?= $(if $(filter ablation,$(PRESET)),16_ablations)$(if $(filter distillation,$(PRESET)),02_datasets)$(if $(filter questions,$(PRESET)),08_text_samples)$(if $(filter acting,$(PRESET)),06_simulated_control)$(if $(filter specialists,$(PRESET)),12_specialists)$(if $(filter stacking,$(PRESET)),07_rgb_stacking 11_finetune_stacking)$(if $(filter scaling,$(PRESET)),09_scaling_laws)
 
 # Command-line variables do not reach $(shell) by themselves in older makes.
 ENVIRONMENT := $(shell GATO_ENV='$(GATO_ENV)' USE_CONDA='$(USE_CONDA)' bash experiments/setup.sh --where)
