@@ -1173,10 +1173,10 @@ def sweep(
 
     The rows of each are in a file of their own, `results/<name>/<trial>-<digest>.csv`, written when
     the trial is over; the digest is of its settings and of the code, but not of `rows_of`: let that
-    keep raw numbers, and judge them afterwards. A trial whose file is there is
-    not run again, so a grid that was interrupted goes on. `part` (i, n) is one of n machines'
-    share: each runs every n-th trial, and their files, copied into one folder, are the whole. What
-    is still missing is printed. Raises what `run_trials` and `results.read_rows` raise.
+    keep raw numbers, and judge them afterwards. A trial whose file is there is not run again, so a
+    grid that was interrupted goes on. `part` (i, n) is one of n machines' share: each runs every
+    n-th trial, and their files, copied into one folder, are the whole. How many are done is
+    printed. Raises what `run_trials` and `results.read_rows` raise.
     """
     code = source_digest(*ACTING_CODE)
     paths = {}
