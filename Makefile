@@ -3,8 +3,16 @@
 
 SHELL := bash
 PRESET ?= laptop
-# Some presets are about one notebook.
-NOTEBOOK ?= $(if $(filter ablation,$(PRESET)),16_ablations)$(if $(filter distillation,$(PRESET)),02_datasets)$(if $(filter questions,$(PRESET)),08_text_samples)$(if $(filter acting,$(PRESET)),06_simulated_control)$(if $(filter specialists,$(PRESET)),12_specialists)$(if $(filter stacking,$(PRESET)),07_rgb_stacking 11_finetune_stacking)$(if $(filter scaling,$(PRESET)),09_scaling_laws)
+# Some presets are about some notebooks only.
+notebooks_of_ablation := 16_ablations
+notebooks_of_acting := 06_simulated_control
+notebooks_of_distillation := 02_datasets
+notebooks_of_ood := 10_out_of_distribution
+notebooks_of_questions := 08_text_samples
+notebooks_of_scaling := 09_scaling_laws
+notebooks_of_specialists := 12_specialists
+notebooks_of_stacking := 07_rgb_stacking 11_finetune_stacking
+NOTEBOOK ?= $(notebooks_of_$(PRESET))
 
 # Command-line variables do not reach $(shell) by themselves in older makes.
 ENVIRONMENT := $(shell GATO_ENV='$(GATO_ENV)' USE_CONDA='$(USE_CONDA)' bash experiments/setup.sh --where)

@@ -185,6 +185,7 @@ def test_what_presets_publish():
         "distillation",
         "questions",
         "acting",
+        "ood",
         "scaling",
         "specialists",
         "stacking",
