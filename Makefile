@@ -33,7 +33,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export MUJOCO_GL ?= egl
 endif
 
-.PHONY: help setup reproduce test test-slow notebooks results references procgen benchmarks tpu-compile lint lab clean
+.PHONY: help setup reproduce test test-slow notebooks results references procgen benchmarks tpu-compile site lint lab clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -75,6 +75,9 @@ benchmarks: setup ## measure speeds on this machine and update their committed r
 
 tpu-compile: setup ## compile the train step for TPU slices, without one (EXTRAS=dev,tpu)
 	@$(PYTHON) experiments/benchmarks/tpu_compile.py
+
+site: setup ## notebooks, tasks and figures as static HTML, from experiments/runs/PRESET if given
+	@$(PYTHON) experiments/site/build.py $(if $(filter command line,$(origin PRESET)),--preset "$(PRESET)")
 
 lint: setup ## ruff: rules and format, notebooks included
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && echo "lint: clean"

@@ -1,0 +1,177 @@
+"""The results site: links, task pages, and every page in a browser."""
+
+import functools
+import html.parser
+import http.server
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
+
+import pytest
+
+from gato_lib import domains, evaluation, results
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+_spec = importlib.util.spec_from_file_location("build", ROOT / "experiments" / "site" / "build.py")
+build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build)
+
+
+# --- links ------------------------------------------------------------------------------------
+
+
+def test_links_to_files_are_copied_and_hold(tmp_path):
+    text = "[code](../gato_lib/model.py) and [rows](../experiments/results/references.csv)"
+    assert build.with_links(text, ROOT / "notebooks", tmp_path) == text
+    copy = tmp_path / "gato_lib" / "model.py"
+    assert copy.read_bytes() == (ROOT / "gato_lib" / "model.py").read_bytes()
+    assert (tmp_path / "experiments" / "results" / "references.csv").is_file()
+
+
+def test_other_links(tmp_path):
+    links = functools.partial(build.with_links, folder=ROOT, source=tmp_path)
+    assert links("[all](experiments/params), ") == "all, "  # a folder is no page
+    assert links("[log](experiments/LOG.md)") == "[log](experiments/LOG.txt)"
+    assert (tmp_path / "experiments" / "LOG.txt").is_file()
+    for kept in ("[a](https://x.org/a.md)", "[04](notebooks/04_training.ipynb)", "[b](#two)"):
+        assert links(kept) == kept
+    assert not (tmp_path / "notebooks").exists()  # written as pages of their own
+
+
+def test_a_link_to_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.csv"):
+        build.with_links("[rows](experiments/results/no.csv)", ROOT, tmp_path)
+
+
+# --- tasks ------------------------------------------------------------------------------------
+
+
+def test_a_page_for_every_task(tmp_path):
+    scores = build.read_scores(None)
+    entries = build.write_tasks(tmp_path, scores)
+    pages = {p.relative_to(tmp_path / "tasks") for p in (tmp_path / "tasks").rglob("*.md")}
+    assert {pathlib.Path(f"{task}.md") for task in domains.TASKS} <= pages
+    assert sum(e["tasks"] for e in entries) == len(domains.TASKS)
+    assert sum(e["played"] for e in entries) == len(scores)
+
+
+def test_what_a_task_page_says(tmp_path):
+    scores = build.read_scores(None)
+    build.write_tasks(tmp_path, scores)
+    references = evaluation.read_references(results.COMMITTED / "references.csv")
+    task = scores.index[0]
+    page = (tmp_path / "tasks" / f"{task}.md").read_text()
+    assert f"**{100 * scores.normalized[task]:.0f} % of the expert's score**" in page
+    assert f"{references.expert[task]:.4g}" in page and scores.git_sha[task] in page
+    held = (tmp_path / "tasks" / "atari" / "Boxing.md").read_text()
+    assert "Held out" in held and "% of the expert's score**" not in held
+
+
+# --- the whole site ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    program = ROOT / "experiments" / "site" / "build.py"
+    subprocess.run([sys.executable, program, "--out", out], check=True, cwd=ROOT)
+    return out / "html"
+
+
+class Page(html.parser.HTMLParser):
+    """What a page points to, and the places in it that can be pointed to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.targets, self.places = [], set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.places.add(values.get("id"))
+        self.targets += [values[k] for k in ("href", "src") if values.get(k)]
+
+
+@pytest.mark.slow
+def test_no_link_of_the_site_is_broken(site):
+    pages = {path: Page(path) for path in site.rglob("*.html") if "_static" not in path.parts}
+    assert len(pages) > len(domains.TASKS)
+    broken = []
+    for path, page in pages.items():
+        for target in page.targets:
+            parts = urllib.parse.urlsplit(target)
+            if parts.scheme or parts.netloc or not (parts.path or parts.fragment):
+                continue
+            file = (path.parent / urllib.parse.unquote(parts.path)) if parts.path else path
+            file = file.resolve()
+            missing = (
+                parts.fragment
+                and file in pages
+                and (urllib.parse.unquote(parts.fragment) not in pages[file].places)
+            )
+            if not file.exists() or missing:
+                broken.append(f"{path.relative_to(site)}: {target}")
+    assert not broken, broken[:10]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "no-first-run",
+        "window-size=400,800",  # a phone's
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    driver = webdriver.Chrome(service=service, options=options)
+    yield driver
+    driver.quit()
+
+
+FAULTS = """
+const missing = [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src);
+const wide = document.documentElement.scrollWidth > window.innerWidth;
+return [missing, wide];
+"""
+
+
+def faults(browser, url):
+    """What is wrong with a page as it is shown."""
+    browser.get(url)
+    missing, wide = browser.execute_script(FAULTS)
+    errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+    return [*missing, *errors, *(["wider than a phone"] if wide else [])]
+
+
+@pytest.mark.slow
+def test_every_page_in_a_browser(site, browser):
+    pages = sorted(p for p in site.rglob("*.html") if "_static" not in p.parts)
+    found = {p.relative_to(site): faults(browser, p.as_uri()) for p in pages}
+    assert not {p: f for p, f in found.items() if f}
+
+
+@pytest.mark.slow
+def test_the_site_from_a_static_server(site, browser):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for page in ("index.html", "notebooks/13_attention.html", "tasks/atari/index.html"):
+            assert faults(browser, f"http://127.0.0.1:{server.server_port}/{page}") == []
+        server.shutdown()
