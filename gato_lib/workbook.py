@@ -46,7 +46,6 @@ from gato_lib.embedding import check_text
 from gato_lib.episodes import DataError, Document, Episode, flatten, is_text
 from gato_lib.evaluation import (
     Evaluation,
-    Lane,
     batches,
     close_environments,
     read_references,
@@ -62,15 +61,11 @@ from gato_lib.mixture import (
 )
 from gato_lib.sampling import Sampling, sample_texts
 from gato_lib.sequence import (
-    IMAGE,
     MODALITIES,
     Tokenizer,
     TokenSequence,
-    as_images,
     count_tokens,
     document_tokens,
-    image_layout,
-    space_kind,
 )
 from gato_lib.tokenizers import TextTokenizer, train_text_tokenizer
 from gato_lib.training import Metrics, initial_state, train
@@ -380,41 +375,6 @@ def paper_table1() -> pd.DataFrame:
     """
     names = pd.DataFrame.from_dict(PAPER_WEIGHTS, orient="index", columns=["name", "weight"])
     return names.join(pd.read_csv(ASSETS / "paper_table1.csv", index_col="domain"))
-
-
-# Whichever a scene has of these shows most of it.
-CAMERAS = ("topview", "front_close", "side", "track", "tracking_x", "lookat", "back", "fixed")
-
-
-def picture(task: str, seed: int = 0, size: int = 128) -> np.ndarray:
-    """What an episode of the task begins with, uint8 (H, W, 3): as the agent sees it if it does."""
-    env = domains.make_env(task)
-    observation, _ = env.reset(seed=seed)
-    with _camera(env, size) as look:
-        image = look(observation)
-    env.close()
-    return image
-
-
-@contextlib.contextmanager
-def _camera(env: Any, size: int) -> Iterator[Callable[[Any], np.ndarray]]:
-    """A function from an observation to an image: the one in it, or one of the scene as it is."""
-    spaces = flatten(env.observation_space)
-    seen = [key for key, space in spaces.items() if space_kind(space) == IMAGE]
-    if seen:
-        layout = image_layout(spaces[seen[0]])
-        yield lambda observation: as_images(flatten(observation)[seen[0]][None], layout)[0]
-        return
-    from gato_lib.domains.rendering import Renderer
-
-    model = env.unwrapped.model
-    names = [model.camera(i).name for i in range(model.ncam)]
-    camera = next((name for name in CAMERAS if name in names), -1)
-    renderer = Renderer(model, size, camera)
-    try:
-        yield lambda observation: renderer(env.unwrapped.data)
-    finally:
-        renderer.close()
 
 
 def prepare(
@@ -891,48 +851,6 @@ def play_all(
         left = f", about {duration((total - len(played)) / rate)} left" if rate > 0 else ""
         progress(f"{len(played)} of {total} episodes played{left}", done=len(played) == total)
     return played
-
-
-@dataclasses.dataclass(frozen=True)
-class Film:
-    """An episode as it was played: frames uint8 (T + 1, H, W, 3), and how it ended."""
-
-    frames: np.ndarray
-    score: float
-    success: bool
-    steps: int
-
-
-def film(
-    agent: Agent,
-    task: str,
-    seed: int,
-    index: int = 0,
-    *,
-    prompt: str = "none",
-    demonstrations: Callable[[str], Sequence[Episode]] | None = None,
-    size: int = 128,
-    most: int = 48,
-) -> Film:
-    """Play an evaluation episode live and film it: at most so many frames, evenly spread.
-
-    A frame is what the agent sees, or where that is no image, the scene in `size` x `size` pixels.
-    """
-    frames: list[np.ndarray] = []
-    with contextlib.ExitStack() as stack:
-
-        def watch(lanes: Sequence[Lane]) -> None:
-            nonlocal look
-            if look is None:  # not before the reset: it may make another scene
-                look = stack.enter_context(_camera(lanes[0].env, size))
-            frames.append(look(lanes[0].observation))
-
-        look: Callable[[Any], np.ndarray] | None = None
-        evaluation = Evaluation(lambda: agent, seed, demonstrations, prompt)
-        (row,) = evaluation.play(((task, index),), watch)
-    close_environments()
-    chosen = np.unique(np.linspace(0, len(frames) - 1, most).round().astype(int))
-    return Film(np.stack([frames[i] for i in chosen]), row["score"], row["success"], row["steps"])
 
 
 # --- conversation ---------------------------------------------------------------------------------

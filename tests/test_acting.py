@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import io
 import json
 
 import jax
@@ -15,7 +16,7 @@ import PIL.Image
 import pytest
 from any_spaces import AnySpaces
 
-from gato_lib import domains, evaluation, plotting, workbook
+from gato_lib import domains, evaluation, films, plotting, workbook
 from gato_lib import sequence as sq
 from gato_lib import tokenizers as tk
 from gato_lib.agent import Agent
@@ -430,7 +431,7 @@ def test_tasks_of_a_domain_are_played_together(make_agent):
 def test_a_film_is_the_episode_that_is_scored(tmp_path, make_agent):
     agent, task = make_agent(context=90), "babyai/GoToObj"
     (row,) = Evaluation(lambda: agent, 0).play(((task, 1),))
-    film = workbook.film(agent, task, 0, 1, most=5)
+    film = films.film(agent, task, 0, 1, most=5)
     assert (film.score, film.success, film.steps) == (row["score"], row["success"], row["steps"])
     assert film.frames.shape == (min(5, film.steps + 1), 64, 64, 3)
     env = domains.make_env(task)
@@ -446,6 +447,55 @@ def test_a_film_is_the_episode_that_is_scored(tmp_path, make_agent):
     assert np.abs(first - film.frames[0]).mean() < 8
     assert shown.data == (tmp_path / "film.gif").read_bytes()
     assert json.loads((tmp_path / "film.json").read_text())["notebook"] == "a_notebook"
+
+
+def test_a_film_has_the_tokens_and_actions_of_its_steps(make_agent):
+    agent, task = make_agent(context=90), "babyai/GoToObj"
+    film = films.film(agent, task, 0, 1, most=4)
+    assert film.tokens.steps == len(film.actions) == film.steps
+    assert film.moments[0] == 0 and film.moments[-1] == film.steps
+    env = domains.make_env(task)
+    observation, _ = env.reset(seed=evaluation.episode_seed(task, 0, 1))
+    tokenizer = agent.tokenizer(env)
+    for step, action in enumerate(film.actions):  # played again, action by action
+        ids = tokenizer.action_spec.encode(np.array([action]))
+        own = slice(*film.tokens.offsets[step : step + 2])
+        np.testing.assert_array_equal(
+            film.tokens.ids[own], tokenizer.steps([observation], ids).ids, strict=True
+        )
+        told = films.told(film, step)
+        assert f"<b>action</b>: {ids[0, 0]}, which is {action}" in told
+        assert f"step {step + 1} of {film.steps}" in told and "16 patches" in told
+        assert observation["mission"] in told
+        observation, *_ = env.step(action)
+    np.testing.assert_array_equal(film.frames[-1], observation["image"])
+    assert films.told(film, film.steps) == f"after the last of {film.steps} steps"
+
+
+def test_what_a_film_tells_is_escaped_and_cut(make_agent):
+    film = films.film(make_agent(context=90), "babyai/GoToObj", 0, 1, most=2)
+    kinds = film.tokens.kinds.copy()
+    text = np.flatnonzero(kinds == sq.TEXT)
+    assert len(text) and text[0] < film.tokens.offsets[1]
+    bare = films.told(dataclasses.replace(film, text=None), 0, most=1)
+    assert f"<b>text</b>: {film.tokens.ids[text[0]]} ...<br>" in bare
+
+    class Evil:
+        def decode(self, ids):
+            return "<script>"
+
+    assert "<script>" not in films.told(dataclasses.replace(film, text=Evil()), 0)
+
+
+def test_the_player_shows_what_its_slider_says(make_agent):
+    film = films.film(make_agent(context=90), "babyai/GoToObj", 0, 1, most=4)
+    box = films.player(film)
+    (_, slider), (picture, words) = box.children[0].children, box.children[1].children
+    for number, moment in enumerate(film.moments):
+        slider.value = number
+        assert words.value == films.told(film, int(moment))
+        with PIL.Image.open(io.BytesIO(picture.value)) as shown:
+            np.testing.assert_array_equal(np.asarray(shown), film.frames[number])
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ ORDER = (
     "agent",
     "cloning",
     "evaluation",
+    "films",
     "aggregation",
     "scaling",
     "latency",

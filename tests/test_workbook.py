@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gato_lib import domains, results, workbook
+from gato_lib import domains, films, results, workbook
 from gato_lib.agent import Agent
 from gato_lib.config import ConfigError, DataConfig, TrainConfig, model_config
 from gato_lib.episodes import DataError
@@ -68,14 +68,14 @@ def test_the_papers_table_1():
 
 
 def test_pictures_of_tasks_that_are_seen_and_that_are_not():
-    seen = workbook.picture("sokoban/8x8-2", seed=3)
+    seen = films.picture("sokoban/8x8-2", seed=3)
     env = domains.make_env("sokoban/8x8-2")
     np.testing.assert_array_equal(seen, env.reset(seed=3)[0]["image"])
     for task in ("metaworld/reach", "dmc/cartpole-balance"):
-        image = workbook.picture(task, size=32)
+        image = films.picture(task, size=32)
         assert image.shape == (32, 32, 3) and image.dtype == np.uint8
         assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20  # something can be seen
-        np.testing.assert_array_equal(image, workbook.picture(task, size=32))
+        np.testing.assert_array_equal(image, films.picture(task, size=32))
 
 
 def test_runs_by_their_folder(tmp_path):
