@@ -64,9 +64,9 @@ def fit(
 ) -> Law:
     """The law of least Huber loss, for trainings of so many parameters and tokens.
 
-    The search begins at several places, or `near` a law of as many variables. Raises ValueError
-    where a value is not positive, and where there are no more trainings than the law has constants:
-    such a fit says nothing.
+    The search begins at several places, of which `near`, a law of as many variables, is one. Raises
+    ValueError where a value is not positive, and where there are no more trainings than the law has
+    constants: such a fit says nothing.
     """
     n, d, y = (np.asarray(x, float) for x in (parameters, tokens, loss))
     for name, values in (("parameters", n), ("tokens", d), ("loss", y)):
@@ -88,17 +88,17 @@ def fit(
         terms += [theta[1 + 2 * i] - theta[2 + 2 * i] * x for i, x in enumerate(logs)]
         return logsumexp(terms, axis=0) - np.log(y)
 
-    if near is None:
-        starts = [
-            [np.log(floor * y.min()), *[np.log(TERM * y.min()), exponent] * len(logs)]
-            for floor, exponent in itertools.product(FLOORS, EXPONENTS)
-        ]
-    else:
-        start = [np.log(near.floor)]
+    exponents = EXPONENTS if near is None else EXPONENTS[1:2]
+    starts = [
+        [np.log(floor * y.min()), *[np.log(TERM * y.min()), exponent] * len(logs)]
+        for floor, exponent in itertools.product(FLOORS, exponents)
+    ]
+    if near is not None:  # but from a floor of next to nothing no search ever rises again
+        start = [np.log(max(near.floor, FLOORS[0] * y.min()))]
         for (factor, exponent, _), m in zip(varied, middles, strict=True):
             power = getattr(near, exponent)
             start += [np.log(getattr(near, factor)) - power * np.log(m), power]
-        starts = [start]
+        starts.append(start)
     low = [-np.inf, *[-np.inf, 0.0] * len(logs)]
     high = [np.inf, *[np.inf, LARGEST] * len(logs)]
     found = [

@@ -56,6 +56,11 @@ def test_intervals_mostly_hold_what_was_planted_and_widen_with_noise():
     assert np.mean(widths[4:]) > 3 * np.mean(widths[:4])
 
 
+def test_a_law_without_a_floor_does_not_keep_others_from_one():
+    flat = Law(floor=1e-30, a=3.0, alpha=0.02, b=3.0, beta=0.02)
+    assert fit(N, D, PLANTED(N, D), near=flat).floor == pytest.approx(PLANTED.floor, rel=0.01)
+
+
 def test_the_best_size_is_where_the_loss_is_least():
     product = 1e12
     sizes = np.geomspace(1e3, 1e8, 20_001)
