@@ -20,7 +20,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import grain
@@ -1055,7 +1055,8 @@ def run_trials(
 
     Each is yielded when it is done. Trials of one data set follow each other, so that a worker
     seldom has to read another. Prints progress. With one worker everything happens in this process,
-    on all cores. Raises ConfigError for two equal trials; an error in a trial carries its name.
+    on all cores. Raises ConfigError for two equal trials; an error in a trial carries its name, and
+    comes when those that run beside it are done and were yielded.
     """
     if len({(t.name, t.train.seed) for t in trials}) < len(trials):
         raise ConfigError("two trials have the same name and seed")
@@ -1070,8 +1071,7 @@ def run_trials(
         else:
             pool = stack.enter_context(collection.worker_pool(workers, pinned=True))
             futures = {pool.submit(_run_quietly, run, t): t for t in trials}
-            done = concurrent.futures.as_completed(futures)
-            outcomes = ((futures[future], future.result()) for future in done)
+            outcomes = ((futures[f], f.result()) for f in _as_they_end(futures))
         for number, (trial, outcome) in enumerate(outcomes, start=1):
             spent = time.perf_counter() - begin
             left = duration(spent / number * (len(trials) - number))
@@ -1114,6 +1114,27 @@ def sweep(
     if not done:
         return pd.DataFrame(columns=list(results.COLUMNS))
     return pd.concat([results.read_rows(path) for path in done], ignore_index=True)
+
+
+def _as_they_end(
+    futures: Collection[concurrent.futures.Future],
+) -> Iterator[concurrent.futures.Future]:
+    """Those that end well. After the first that fails none begins any more, and it is raised last.
+
+    What runs at that moment is yielded too: it may have taken an hour.
+    """
+    failed = None
+    for future in concurrent.futures.as_completed(futures):
+        if future.cancelled():
+            continue
+        if error := future.exception():
+            failed = failed or error
+            for other in futures:
+                other.cancel()
+        else:
+            yield future
+    if failed:
+        raise failed
 
 
 def _run_quietly(run: Run, trial: Experiment) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -223,6 +225,43 @@ def test_a_sweep_runs_what_is_missing_and_shares_can_be_put_together(tmp_path, m
     assert len(ran) == 12 and together.equals(frame)
     with pytest.raises(ConfigError, match="two trials are the same"):
         workbook.sweep(run, "grid", [trials[0], trials[0]], rows_of)
+
+
+def test_one_that_fails_takes_none_with_it_that_runs():
+    both_run, failure_seen = threading.Barrier(3), threading.Event()
+
+    def fail():
+        both_run.wait(60)
+        raise ValueError("in trial 0")
+
+    def work(hours):
+        both_run.wait(60)
+        assert failure_seen.wait(60)
+        return hours
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(fail), pool.submit(work, 1), pool.submit(work, 2)]
+        futures[0].add_done_callback(lambda _: failure_seen.set())
+        found = []
+        with pytest.raises(ValueError, match="in trial 0"):
+            for future in workbook._as_they_end(futures):
+                found.append(future.result())
+    assert sorted(found) == [1, 2]
+
+
+def test_after_a_failure_nothing_begins():
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        release = threading.Event()
+        blocked = pool.submit(release.wait, 60)
+        waiting = [pool.submit(int) for _ in range(3)]
+        failed = concurrent.futures.Future()
+        failed.set_exception(ValueError("in trial 0"))
+        ended = workbook._as_they_end([failed, blocked, *waiting])
+        threading.Timer(0.2, release.set).start()
+        assert next(ended) is blocked
+        with pytest.raises(ValueError, match="in trial 0"):
+            next(ended)
+        assert all(f.cancelled() for f in waiting)
 
 
 SWEEP = """
