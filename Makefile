@@ -53,8 +53,10 @@ test: setup ## unit tests, then every notebook at smoke size
 	if [ $$status = 0 ]; then echo "test: all passed"; else echo "test: FAILED"; fi; exit $$status
 
 test-slow: setup ## tests that take minutes
-	@if ! grep -rqE 'mark\.slow\b' tests; then echo "test-slow: no slow tests yet"; exit 0; fi; \
-	$(PYTEST) tests -m slow && echo "test-slow: all passed"
+	@status=0; \
+	$(PYTEST) tests -m slow || status=1; \
+	GATO_THOROUGH=1 $(PYTEST) tests/test_tokenizers.py tests/test_sequence.py -m "not slow" || status=1; \
+	if [ $$status = 0 ]; then echo "test-slow: all passed"; else echo "test-slow: FAILED"; fi; exit $$status
 
 notebooks: setup ## every notebook at smoke size, as tests
 	@$(PYTEST) $(NBVAL) notebooks && echo "notebooks: all passed"

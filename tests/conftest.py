@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Ten thousand arrays a codec. The same ones at every run: a test that fails once in ten runs is no
-# use to the change that it fails on.
+# A thousand arrays a codec, and ten thousand in `make test-slow`. The same ones at every run: a
+# test that fails once in ten runs is no use to the change that it fails on.
 settings.register_profile(
     "thorough",
-    max_examples=10_000,
+    max_examples=10_000 if os.environ.get("GATO_THOROUGH") else 1_000,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
