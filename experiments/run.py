@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import csv
 import dataclasses
 import difflib
 import fcntl
@@ -47,6 +46,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import nbformat
+import rich.box
+import rich.console
+import rich.table
 import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -75,6 +77,8 @@ class Notebook:
     outputs: tuple[str, ...] = ()
     minutes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     commit_outputs: bool = False
+    paper: str = ""
+    state: str = ""
 
     @property
     def path(self) -> pathlib.Path:
@@ -425,15 +429,13 @@ class Run:
         _write(self.state_path(name), json.dumps(state))
         return minutes
 
-    def headline(self, name: str) -> str:
-        """The notebook's result rows over all domains, e.g. "mean_score 0.71"."""
-        path = self.folder / "results" / f"{name}.csv"
-        if not path.is_file():
-            return ""
-        with path.open(newline="") as file:
-            rows = [r for r in csv.DictReader(file) if r.get("domain") == "all"]
-        values = {r["metric"]: float(r["value"]) for r in rows}
-        return ", ".join(f"{metric} {value:.4g}" for metric, value in list(values.items())[:3])
+    def result(self, name: str) -> str:
+        """What the notebook's executed copy printed behind "Result:", or nothing."""
+        path = self.folder / "notebooks" / f"{name}.ipynb"
+        outputs = [o for cell in _code_cells(path) for o in cell.outputs] if path.is_file() else []
+        printed = "".join(o.text for o in outputs if o.output_type == "stream")
+        found = re.findall(r"^Result: (.+)$", printed, re.MULTILINE)
+        return found[-1] if found else ""
 
     def publish(self, names: Sequence[str] = ()) -> list[str]:
         """Copy what the preset publishes to where git keeps it: all of it, or NotebookError.
@@ -570,11 +572,14 @@ def _parse_set(text: str) -> tuple[str, Any]:
 
 
 def run_all(run: Run, preset: str, names: Sequence[str], forced: Sequence[str]) -> None:
-    """Run what is not up to date, in order, and print a table; raises NotebookError."""
+    """Run what is not up to date, in order, and print a summary; raises NotebookError."""
     stale = run.stale(names, forced)
     width = max(map(len, names))
     estimates = {n: run.table[n].minutes.get(preset) for n in names}
-    table = [("notebook", "section", "state", "minutes", "headline")]
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("notebook", "section", "result", "the paper", "state"):
+        table.add_column(column, overflow="fold")
+    table.add_column("minutes", justify="right")
     for number, name in enumerate(names, 1):
         label = f"[{number}/{len(names)}] {name:{width}}"
         if name in stale:
@@ -585,14 +590,15 @@ def run_all(run: Run, preset: str, names: Sequence[str], forced: Sequence[str]) 
         else:
             minutes = run.state(name)["minutes"]
             print(f"{label}  up to date", flush=True)
-        state = "ran" if name in stale else "up to date"
-        row = (name, run.table[name].section, state, f"{minutes:.1f}", run.headline(name))
-        table.append(row)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print()
-    for row in table:
-        print("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip())
-    print(f"\neverything is in {_shown(run.folder)}")
+        of = run.table[name]
+        took = f"{minutes:.1f}" if name in stale else f"({minutes:.1f})"
+        table.add_row(of.title, of.section, run.result(name), of.paper, of.state, took)
+    # A pipe has no width: there the lines are as long as most terminals'.
+    width = None if sys.stdout.isatty() else 120
+    rich.console.Console(file=sys.stdout, width=width, highlight=False, markup=False).print(table)
+    if len(stale) < len(names):
+        print("minutes in brackets: up to date, from an earlier run")
+    print(f"everything is in {_shown(run.folder)}")
 
 
 def _expected(minutes: Sequence[float | None]) -> str:

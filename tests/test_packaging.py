@@ -37,6 +37,7 @@ def load_driver(root: pathlib.Path):
 
 
 driver = load_driver(REPOSITORY)
+README = (REPOSITORY / "README.md").read_text()
 
 
 # --- pins -----------------------------------------------------------------------------------------
@@ -171,6 +172,24 @@ def test_the_table_lists_every_notebook():
     assert set(driver.load_table()) == files
 
 
+def test_readme_and_table_agree_on_what_each_notebook_is():
+    rows = re.findall(r"^\| \[(\w+)\]\(notebooks/\w+\.ipynb\) \|(.+)\|$", README, re.MULTILINE)
+    cells = {name: [cell.strip() for cell in rest.split("|")] for name, rest in rows}
+    table = driver.load_table()
+    assert list(cells) == list(table)
+    for name, entry in table.items():
+        assert entry.paper and entry.state, name
+        assert cells[name][-1] == entry.state, name
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
+)
+def test_every_notebook_says_its_result_once(path):
+    code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+    assert code.count('print(f"Result: ') == 1
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_fit_their_notebooks(preset):
     table = driver.load_table()
@@ -238,6 +257,7 @@ WRITE = """
 import csv, pathlib
 folder = pathlib.Path(run_dir)
 print("working at", steps)
+print("Result: score", steps / 4)
 row = {"domain": "all", "metric": "score", "value": steps / 4}
 with open(folder / "results/first.csv", "w") as file:
     writer = csv.DictWriter(file, row)
@@ -259,6 +279,8 @@ TABLE = {
     "first": {
         "title": "One",
         "section": 2.1,
+        "paper": "450 of 604",
+        "state": "complete",
         "outputs": ["results/first.csv", "figures/plot.png"],
         "minutes": {"tiny": 1, "other": 2},
         "commit_outputs": True,
@@ -465,7 +487,8 @@ def test_runs_what_is_not_up_to_date(workbook, capsys):
     out = capsys.readouterr().out
     assert "[1/2] first   section 2.1, about 1 min" in out
     assert "working at 2\n" in out  # the notebook's own progress lines
-    assert "score 0.5" in out
+    (line,) = (line for line in out.splitlines() if line.strip().startswith("One "))
+    assert re.fullmatch(r"One +2\.1 +score 0\.5 +450 of 604 +complete +0\.\d", line.strip())
     state = workbook.folder / "state/second.json"
     assert (workbook.folder / "data/done").is_file()
     assert sorted(p.name for p in (workbook.folder / "notebooks").iterdir()) == [
@@ -476,7 +499,8 @@ def test_runs_what_is_not_up_to_date(workbook, capsys):
     before = state.read_bytes()
     assert workbook.main() == 0
     out = capsys.readouterr().out
-    assert out.count("up to date") == 4  # while running and in the table, two notebooks
+    assert out.count("up to date") == 3  # while running, two notebooks, and under the summary
+    assert "score 0.5" in out and "(0." in out
     assert state.read_bytes() == before
 
     # What counts as a change, and for which notebooks.
@@ -518,7 +542,7 @@ def test_runs_what_is_not_up_to_date(workbook, capsys):
         assert next(csv.DictReader(file))["value"] == "0.5"
     published = json.loads(source.read_text())["cells"]
     assert [c["execution_count"] for c in published[1:]] == [1, 2]
-    assert published[2]["outputs"][0]["text"] == ["working at 2\n"]
+    assert published[2]["outputs"][0]["text"][0] == "working at 2\n"
     for cell in (*cells, *published):
         cell.update(execution_count=None, outputs=[])
     assert published == cells  # no injected cell, no papermill metadata
@@ -585,6 +609,7 @@ def test_publishing_after_some_notebooks(workbook, capsys):
     for name in ("results/first.csv", "figures/plot.png", "notebooks/first.ipynb"):
         (workbook.folder / name).parent.mkdir(parents=True)
         (workbook.folder / name).write_text(name)
+    (workbook.folder / "notebooks/first.ipynb").write_bytes(before)
     (workbook.folder / "state").mkdir()
     run, _, _ = workbook.plan()
     state = {"fingerprint": run.fingerprint("first"), "minutes": 1}
