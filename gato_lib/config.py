@@ -213,6 +213,8 @@ class DataConfig(Settings):
         for the best, the agent then acts as in those (5.3).
       blind: whether their images are replaced by plain grey ones: what can be said of images that
         are never seen.
+      goals_aside: whether the demonstrations of goals that `set_aside` names are left out, so that
+        these can be played as nothing that was trained on.
     """
 
     tasks: tuple[str, ...]
@@ -235,6 +237,7 @@ class DataConfig(Settings):
     parallel_actions: tuple[str, ...] = ()
     tell_return: tuple[str, ...] = ()
     blind: bool = False
+    goals_aside: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

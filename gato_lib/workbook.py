@@ -31,7 +31,15 @@ import numpy as np
 import pandas as pd
 from jax.sharding import Mesh
 
-from gato_lib import collection, distributed, domains, importing, results, vision_language
+from gato_lib import (
+    collection,
+    distributed,
+    domains,
+    importing,
+    results,
+    set_aside,
+    vision_language,
+)
 from gato_lib.agent import Agent
 from gato_lib.checkpoint import Checkpointer, read_meta
 from gato_lib.config import (
@@ -139,7 +147,8 @@ def select_tasks(pattern: str) -> tuple[str, ...]:
     """Task ids from "all", "small", or a comma-separated list of ids and domains.
 
     "all" is every task of the paper's data sets that is installed and not held out; "small" is two;
-    "" is none. Raises ConfigError for an unknown name or a held-out task.
+    "" is none; "all, -babyai/Synth" leaves one out. Raises ConfigError for an unknown name, a
+    held-out task, and one left out that is not there.
     """
     if pattern == "small":
         return SMALL_TASKS
@@ -148,7 +157,11 @@ def select_tasks(pattern: str) -> tuple[str, ...]:
     chosen: list[str] = []
     for name in pattern.split(","):
         name = name.strip()
-        if name == "all" or name in domains.DOMAINS:
+        if name.startswith("-"):
+            if name[1:] not in chosen:
+                raise ConfigError(f"tasks: {name!r} leaves out what is not among those before it")
+            chosen = [task for task in chosen if task != name[1:]]
+        elif name == "all" or name in domains.DOMAINS:
             every = (d for d in domains.DOMAINS.values() if d.installed and not d.extra)
             whole = every if name == "all" else [domains.DOMAINS[name]]
             chosen += [t for d in whole for t in d.tasks if t not in domains.HELD_OUT]
@@ -402,6 +415,8 @@ def prepare(
     for number, item in enumerate(wanted):
         progress(f"reading {item.task} ({number + 1} of {len(wanted)})")
         episodes[item.task], card = collection.load(item)
+        if config.goals_aside:
+            episodes[item.task] = set_aside.without(item.task, episodes[item.task])
         if few is not None:
             episodes[item.task] = draw_few(episodes[item.task], *few)
         env = domains.make_env(item.task)

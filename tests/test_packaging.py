@@ -74,6 +74,7 @@ ORDER = (
     "episodes",
     "domains",
     "collection",
+    "set_aside",
     "sequence",
     "importing",
     "vision_language",

@@ -37,6 +37,9 @@ def test_select_tasks():
     assert select_tasks("small") == workbook.SMALL_TASKS
     assert select_tasks("metaworld/push, babyai")[0] == "metaworld/push"
     assert len(select_tasks("babyai,babyai/Open")) == 46
+    assert set(everything) - set(select_tasks("all, -babyai/Synth")) == {"babyai/Synth"}
+    with pytest.raises(ConfigError, match="'-babyai/Opne' leaves out what is not among those"):
+        select_tasks("babyai, -babyai/Opne")
     with pytest.raises(ConfigError, match="unknown task 'babyai/Opne'"):
         select_tasks("babyai/Opne")
     with pytest.raises(ConfigError, match="held out"):
