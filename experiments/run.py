@@ -429,14 +429,6 @@ class Run:
         _write(self.state_path(name), json.dumps(state))
         return minutes
 
-    def result(self, name: str) -> str:
-        """What the notebook's executed copy printed behind "Result:", or nothing."""
-        path = self.folder / "notebooks" / f"{name}.ipynb"
-        outputs = [o for cell in _code_cells(path) for o in cell.outputs] if path.is_file() else []
-        printed = "".join(o.text for o in outputs if o.output_type == "stream")
-        found = re.findall(r"^Result: (.+)$", printed, re.MULTILINE)
-        return found[-1] if found else ""
-
     def publish(self, names: Sequence[str] = ()) -> list[str]:
         """Copy what the preset publishes to where git keeps it: all of it, or NotebookError.
 
@@ -467,6 +459,14 @@ class Run:
         for target, content in out.items():
             _write(ROOT / target, content)
         return list(out)
+
+
+def result_of(path: pathlib.Path) -> str:
+    """What an executed notebook printed behind "Result:", or nothing."""
+    outputs = [o for cell in _code_cells(path) for o in cell.outputs] if path.is_file() else []
+    printed = "".join(o.text for o in outputs if o.output_type == "stream")
+    found = re.findall(r"^Result: (.+)$", printed, re.MULTILINE)
+    return found[-1] if found else ""
 
 
 def _is_publishable(path: pathlib.Path) -> bool:
@@ -592,7 +592,8 @@ def run_all(run: Run, preset: str, names: Sequence[str], forced: Sequence[str]) 
             print(f"{label}  up to date", flush=True)
         of = run.table[name]
         took = f"{minutes:.1f}" if name in stale else f"({minutes:.1f})"
-        table.add_row(of.title, of.section, run.result(name), of.paper, of.state, took)
+        result = result_of(run.folder / "notebooks" / f"{name}.ipynb")
+        table.add_row(of.title, of.section, result, of.paper, of.state, took)
     # A pipe has no width: there the lines are as long as most terminals'.
     width = None if sys.stdout.isatty() else 120
     rich.console.Console(file=sys.stdout, width=width, highlight=False, markup=False).print(table)

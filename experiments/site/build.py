@@ -29,6 +29,9 @@ from gato_lib import domains, evaluation, results
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+from run import result_of  # noqa: E402
+
 RUNS = ROOT / "experiments" / "runs"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -114,6 +117,9 @@ def notebook_entry(
         "number": name.split("_")[0],
         "title": fields["title"],
         "section": str(fields["section"]),
+        "result": result_of(executed(name, run)),
+        "paper": fields["paper"],
+        "state": fields["state"],
         "minutes": f"{fields.get('minutes', {}).get('laptop', '')}",
         "figures": ", ".join(f"[{i}](figures.md#{f['name']})" for i, f in enumerate(own, 1)),
     }
