@@ -1,11 +1,13 @@
 """Checkpoints with orbax, whole or not at all: parameters, optimiser, step, place in the data.
 
-Beside them, once for a run, meta.json holds every setting and seed.
+Beside them, once for a run, meta.json holds every setting and seed. An agent that is given away has
+its parameters alone, in one file of safetensors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import operator
@@ -16,11 +18,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import safetensors
+import safetensors.flax
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from gato_lib import distributed
-from gato_lib.files import write_text
+from gato_lib.files import write_bytes, write_text
 
 
 @contextlib.contextmanager
@@ -155,3 +160,46 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not a run's settings ({error})") from error
+
+
+# --- parameters alone ---------------------------------------------------------------------------
+
+
+def write_parameters(path: str | os.PathLike, params: Any, dtype: Any = jnp.bfloat16) -> str:
+    """Write a tree of parameters, rounded to `dtype`, as safetensors; returns the file's sha256."""
+    named = {name: jnp.asarray(value, dtype) for name, value in _by_name(params).items()}
+    content = safetensors.flax.save(named)
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_parameters(path: str | os.PathLike, like: Any, sha256: str) -> Any:
+    """The parameters in a file of safetensors, with the tree, shapes and dtypes of `like`.
+
+    Raises FileNotFoundError where there is no file, and ValueError, naming it, where its sha256 is
+    another or what it holds does not fit `like`.
+    """
+    content = pathlib.Path(path).read_bytes()
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise ValueError(f"{path}: sha256 is {found[:12]}..., expected {sha256[:12]}...")
+    try:
+        with safetensors.safe_open(path, framework="flax") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a file of safetensors ({error})") from error
+    expected = _by_name(like)
+    if odd := sorted(set(arrays) ^ set(expected)):
+        where = "missing" if odd[0] in expected else "not expected"
+        raise ValueError(f"{path}: {odd[0]} is {where} ({len(odd)} such names)")
+    for name, array in arrays.items():
+        if array.shape != expected[name].shape:
+            text = f"{array.shape}, expected {expected[name].shape}"
+            raise ValueError(f"{path}: {name} has shape {text}")
+    leaves = [jnp.asarray(arrays[name], leaf.dtype) for name, leaf in expected.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, as in "transformer/block0/norm1/scale", in the tree's order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

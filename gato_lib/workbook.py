@@ -41,7 +41,7 @@ from gato_lib import (
     vision_language,
 )
 from gato_lib.agent import Agent
-from gato_lib.checkpoint import Checkpointer, read_meta
+from gato_lib.checkpoint import Checkpointer, read_meta, read_parameters, write_parameters
 from gato_lib.config import (
     ConfigError,
     DataConfig,
@@ -96,6 +96,7 @@ TRAINING_CODE = tuple(
         "training",
     )
 )
+RELEASED = "params.safetensors"  # of an agent that is given away
 ASSETS = pathlib.Path(__file__).parent / "assets"
 TOKENIZER_CHARACTERS = 4_000_000  # of a set, at most, that a small tokenizer is trained on
 SMALL_TASKS = ("babyai/GoToObj", "metaworld/drawer-close")
@@ -669,7 +670,8 @@ def _tensorboard(folder: pathlib.Path) -> Iterator[Callable[[Metrics], None]]:
 def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices: Any) -> Agent:
     """The agent in `folder` at its "latest" or "best" checkpoint; `choices` as in `Agent`.
 
-    The best has the lowest validation loss; without one it is the latest.
+    The best has the lowest validation loss; without one it is the latest. A released agent has one.
+    Raises ConfigError, and ValueError for a released agent whose file is not the one meant.
     """
     if checkpoint not in ("latest", "best"):
         raise ConfigError(f"checkpoint is {checkpoint!r}, expected 'latest' or 'best'")
@@ -677,15 +679,18 @@ def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices:
     meta = read_meta(folder)
     model, data = ModelConfig.from_dict(meta["model"]), DataConfig.from_dict(meta["data"])
     train_config = TrainConfig.from_dict(meta["train"])
-    checkpointer = Checkpointer(folder, meta, read_only=True)
     shapes = jax.eval_shape(lambda: initial_state(model, train_config))
-    step = checkpointer.best() if checkpoint == "best" else None
-    _, state, _ = checkpointer.restore(shapes, step)
-    checkpointer.close()
+    if released := meta.get("released"):
+        params = read_parameters(folder / RELEASED, shapes["params"], released["sha256"])
+    else:
+        checkpointer = Checkpointer(folder, meta, read_only=True)
+        step = checkpointer.best() if checkpoint == "best" else None
+        params = checkpointer.restore(shapes, step)[1]["params"]
+        checkpointer.close()
     text = TextTokenizer(folder / "text.model") if (folder / "text.model").is_file() else None
     return Agent(
         model,
-        state["params"],
+        params,
         text,
         data.context_length,
         meta.get("lengths"),
@@ -693,6 +698,37 @@ def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices:
         data.tell_return,
         **choices,
     )
+
+
+def checkpoint_step(folder: str | os.PathLike, checkpoint: str = "latest") -> int:
+    """The update after which the parameters that `load_agent` returns were kept."""
+    meta = read_meta(folder)
+    if "released" in meta:
+        return meta["released"]["step"]
+    checkpointer = Checkpointer(folder, meta, read_only=True)
+    best = checkpointer.best() if checkpoint == "best" else None
+    step = best or checkpointer.latest() or 0
+    checkpointer.close()
+    return step
+
+
+def release(folder: pathlib.Path, run: Run, name: str, checkpoint: str = "latest") -> pathlib.Path:
+    """Write an agent to be given away into `run`, and return its folder, `agents/<name>`.
+
+    It holds the parameters alone, in bfloat16; settings, text pieces and metrics; and in meta.json
+    the sha256 that `load_agent` checks. It plays, and can be fine-tuned, but not trained on.
+    """
+    meta = {k: v for k, v in read_meta(folder).items() if k != "released"}
+    target = run.agents / name
+    digest = write_parameters(target / RELEASED, load_agent(folder, checkpoint).params)
+    for file in ("text.model", "metrics.csv"):
+        if (folder / file).is_file():
+            write_bytes(target / file, (folder / file).read_bytes())
+    meta["released"] = {"from": folder.name, "sha256": digest}
+    meta["released"]["step"] = checkpoint_step(folder, checkpoint)
+    write_text(target / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
+    write_text(run.agents / f"{name}.json", json.dumps({"folder": name}))
+    return target
 
 
 def find_agent(run: Run, name: str) -> pathlib.Path | None:
@@ -824,10 +860,7 @@ def play(
         raise ConfigError(
             f"{folder.name}: trained on imports or documents alone, there is nothing to play"
         )
-    checkpointer = Checkpointer(folder, read_meta(folder), read_only=True)
-    best = checkpointer.best() if checkpoint == "best" else None
-    step = best or checkpointer.latest() or 0
-    checkpointer.close()
+    step = checkpoint_step(folder, checkpoint)
     settings = [f"{k}_{v}" for k, v in sorted(choices.items())]
     name = "-".join(["episodes", prompt, *settings, f"step_{step}"])
     evaluation = Evaluation(

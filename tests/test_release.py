@@ -1,0 +1,72 @@
+"""An agent that is given away: its parameters alone, and the file that was meant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gato_lib import workbook
+from gato_lib.checkpoint import read_parameters, write_parameters
+from gato_lib.workbook import Run
+
+TREE = {"a": {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3)}, "b": [np.float32([1 / 3])]}
+
+
+def test_parameters_come_back_rounded(tmp_path):
+    path = tmp_path / "p.safetensors"
+    digest = write_parameters(path, TREE)
+    back = read_parameters(path, TREE, digest)
+    assert jax.tree.structure(back) == jax.tree.structure(TREE)
+    np.testing.assert_array_equal(back["a"]["w"], TREE["a"]["w"])  # small whole numbers are exact
+    assert back["b"][0].dtype == np.float32 and back["b"][0] == jnp.bfloat16(1 / 3)
+    assert path.stat().st_size < 300
+    assert write_parameters(tmp_path / "again", TREE) == digest
+    exact = write_parameters(path, TREE, np.float32)
+    assert read_parameters(path, TREE, exact)["b"][0] == np.float32(1 / 3)
+
+
+def test_another_file_is_refused(tmp_path):
+    path = tmp_path / "p.safetensors"
+    digest = write_parameters(path, TREE)
+    with pytest.raises(ValueError, match=r"p\.safetensors: sha256 is .* expected 0000"):
+        read_parameters(path, TREE, "0" * 64)
+    with pytest.raises(ValueError, match=r"b/0 is not expected \(1 such names\)"):
+        read_parameters(path, {"a": TREE["a"]}, digest)
+    with pytest.raises(ValueError, match=r"c is missing \(1 such names\)"):
+        read_parameters(path, TREE | {"c": np.zeros(1)}, digest)
+    with pytest.raises(ValueError, match=r"a/w has shape \(2, 3\), expected \(3, 2\)"):
+        read_parameters(path, TREE | {"a": {"w": np.zeros((3, 2))}}, digest)
+    path.write_bytes(b"pickled")
+    with pytest.raises(ValueError, match="not a file of safetensors"):
+        read_parameters(path, TREE, hashlib.sha256(b"pickled").hexdigest())
+    with pytest.raises(FileNotFoundError, match="none"):
+        read_parameters(tmp_path / "none", TREE, digest)
+
+
+def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
+    own, given = Run(tmp_path / "own", "smoke"), Run(tmp_path / "given", "smoke")
+    folder = workbook.tiny_agent(own, "g", 0)
+    released = workbook.release(folder, given, "small")
+    assert workbook.find_agent(given, "small") == released
+    assert sorted(p.name for p in released.iterdir()) == [
+        "meta.json", "metrics.csv", "params.safetensors", "text.model",
+    ]  # fmt: skip
+    assert workbook.trained_on(released) == workbook.trained_on(folder)
+    assert workbook.checkpoint_step(released) == workbook.checkpoint_step(folder) == 60
+    meta = json.loads((released / "meta.json").read_text())
+    assert meta["released"]["from"] == folder.name
+    one, other = workbook.load_agent(folder), workbook.load_agent(released)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_array_equal(jnp.asarray(a, jnp.bfloat16).astype(np.float32), b)
+    again = workbook.release(released, Run(tmp_path / "third", "smoke"), "small")
+    content = (released / "params.safetensors").read_bytes()
+    assert (again / "params.safetensors").read_bytes() == content
+    played = workbook.play(
+        own, released, 1, 0, lanes=1, prompt="none", tasks=("metaworld/drawer-close",)
+    )
+    assert len(played) == 1 and played.score.notna().all()
