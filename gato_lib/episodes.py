@@ -340,7 +340,7 @@ def write_minari(
     from minari.data_collector import EpisodeBuffer
     from minari.dataset.minari_storage import MinariStorage
 
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).absolute()  # Minari's reading takes a relative one twice
     for space in (observation_space, action_space):
         for key, leaf in flatten(space).items():
             if 0 in (leaf.shape or ()):

@@ -16,7 +16,7 @@ from minigrid.wrappers import RGBImgPartialObsWrapper
 
 from gato_lib import collection, domains, workbook
 from gato_lib.config import ConfigError, DataConfig
-from gato_lib.domains import babyai
+from gato_lib.domains import babyai, base
 from gato_lib.mixture import PAPER_WEIGHTS, STANDS_FOR
 
 
@@ -89,6 +89,11 @@ def test_the_readmes_own_environment_is_collected_and_measured(tmp_path):
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "own.py"], cwd=tmp_path, env=env, check=True, timeout=100)
     assert next((tmp_path / "run" / "data").glob("cartpole-balance-*")).is_dir()
+
+
+def test_one_task_has_a_domain_and_a_name():
+    with pytest.raises(ValueError, match="task is 'balance', expected 'domain/name'"):
+        base.one_task("balance", lambda: None, lambda seen: 0, floor=1, sources=())
 
 
 def test_a_missing_simulator_names_its_remedy(monkeypatch):

@@ -336,6 +336,30 @@ def edit_hdf5_steps(folder, steps):
         file["episode_1"].attrs["total_steps"] = steps
 
 
+def test_the_readmes_robot_log_is_trained_on(tmp_path, monkeypatch):
+    """The README's lines, on arrays of the shapes that it names, into a relative folder."""
+    readme = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+    section = readme.read_text().split("## Your own robot's log")[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    rng = np.random.default_rng(0)
+    for i, steps in enumerate((8, 5)):
+        np.savez(
+            f"logs/{i}.npz",
+            camera=rng.integers(0, 256, (steps + 1, 64, 64, 3), np.uint8),
+            joints=rng.normal(size=(steps + 1, 7)).astype(np.float32),
+            command=rng.uniform(-1, 1, (steps, 7)).astype(np.float32),
+            reward=np.ones(steps),
+        )
+    exec(section.split("```python\n")[1].split("```")[0], {})
+    imports = [{"name": "arm", "minari": str(tmp_path / "arm")}]
+    room = {"context_length": 64, "batch_tokens": 128, "vocabulary_size": 1024}
+    data = workbook.data_config("", "others 1", "0", "equal", imports, "", **room)
+    prepared = workbook.prepare(workbook.Run(tmp_path / "run", "smoke"), data)
+    assert prepared.cards[0]["steps"] == 13
+    assert prepared.mixture.describe()[0]["tokens"] == 13 * (16 + 7 + 1 + 7)
+
+
 def test_an_episode_of_another_length_than_listed_is_refused(tmp_path):
     folder = minari_set(tmp_path)
     edit_hdf5_steps(folder, 9)

@@ -120,3 +120,50 @@ class Domain:
     @property
     def installed(self) -> bool:
         return all(importlib.util.find_spec(module) for module in self.requires)
+
+
+class _Rule(Expert):
+    """A function of the observation."""
+
+    def __init__(self, act: Callable[[Any], Any]):
+        self._rule = act
+
+    def reset(self, env: gym.Env) -> None:
+        pass
+
+    def act(self, observation: Any, executed: Any | None) -> Any:
+        return self._rule(observation)
+
+
+def one_task(
+    task: str,
+    make_env: Callable[[], gym.Env],
+    act: Callable[[Any], Any],
+    *,
+    floor: float,
+    sources: tuple[str, ...],
+    metric: str = "return",
+) -> tuple[Domain, ...]:
+    """A module's `DOMAINS`: one task "domain/name" whose expert is a function of what is observed.
+
+    Discrete actions are perturbed by random ones, those of a Box by Gaussian noise. The other
+    arguments are those of `TaskSpec` and `Domain`. Raises ValueError for an id without a slash.
+    """
+    domain, slash, name = task.partition("/")
+    if not (domain and slash and name):
+        raise ValueError(f"task is {task!r}, expected 'domain/name'")
+
+    def perturb(action: Any, noise: float, env: gym.Env, rng: np.random.Generator) -> Any:
+        discrete = isinstance(env.action_space, gym.spaces.Discrete)
+        return (random_share if discrete else gaussian)(action, noise, env, rng)
+
+    spec = TaskSpec(
+        id=task,
+        metric=metric,
+        floor=floor,
+        floor_source="stated with the task",
+        noise="share of random actions, or standard deviation in units of half the range",
+        expert="a rule, from the agent's own observation",
+    )
+    make = {"make_env": lambda _: make_env(), "make_expert": lambda _: _Rule(act)}
+    return (Domain(name=domain, tasks={task: spec}, sources=sources, perturb=perturb, **make),)
