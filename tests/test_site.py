@@ -3,7 +3,7 @@
 import functools
 import html.parser
 import http.server
-import importlib.util
+import json
 import pathlib
 import shutil
 import subprocess
@@ -11,15 +11,16 @@ import sys
 import threading
 import urllib.parse
 
+import av
+import numpy as np
 import pytest
 
 from gato_lib import domains, evaluation, results
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("build", ROOT / "experiments" / "site" / "build.py")
-build = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(build)
-
+sys.path.insert(0, str(ROOT / "experiments" / "site"))
+import build  # noqa: E402
+import films  # noqa: E402
 
 # --- links ------------------------------------------------------------------------------------
 
@@ -69,6 +70,22 @@ def test_what_a_task_page_says(tmp_path):
     assert f"{references.expert[task]:.4g}" in page and scores.git_sha[task] in page
     held = (tmp_path / "tasks" / "atari" / "Boxing.md").read_text()
     assert "Held out" in held and "% of the expert's score**" not in held
+
+
+def test_films_of_tasks(tmp_path, monkeypatch):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 64, 65, 3), np.uint8)
+    films.write_film(tmp_path / "films" / "babyai-Open.mp4", frames)
+    with av.open(str(tmp_path / "films" / "babyai-Open.mp4")) as file:
+        shapes = [(f.height, f.width) for f in file.decode(video=0)]
+    assert shapes == [(192, 194)] * 5  # thrice as large, cut to even sides
+    told = {"babyai-Open": {"seed": 0, "steps": 9, "score": 0.5, "success": True, "agent": "a"}}
+    (tmp_path / "films" / "films.json").write_text(json.dumps(told))
+    monkeypatch.setattr(build, "FILMS", tmp_path / "films")
+    build.write_tasks(tmp_path, build.read_scores(None))
+    page = (tmp_path / "tasks" / "babyai" / "Open.md").read_text()
+    assert 'src="../../_static/films/babyai-Open.mp4"' in page
+    assert "seed 0: 9 steps, score 0.5, solved." in page
+    assert "<video" not in (tmp_path / "tasks" / "babyai" / "GoTo.md").read_text()
 
 
 # --- the whole site ---------------------------------------------------------------------------

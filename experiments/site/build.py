@@ -32,6 +32,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE.parent))
 from run import result_of  # noqa: E402
 
+FILMS = ROOT / "figures" / "films"
 RUNS = ROOT / "experiments" / "runs"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -69,6 +70,8 @@ def lay_out(source: pathlib.Path, run: pathlib.Path | None) -> None:
     shutil.copytree(ROOT / "figures", source / "figures")
     if run is not None:
         shutil.copytree(run / "figures", source / "figures", dirs_exist_ok=True)
+    if FILMS.is_dir():
+        shutil.copytree(FILMS, source / "_static" / "films")
     scores = read_scores(run)
     table = yaml.safe_load((ROOT / "experiments" / "notebooks.yaml").read_text())
     figures = list(read_figures(source / "figures"))
@@ -203,6 +206,12 @@ def read_scores(run: pathlib.Path | None) -> pd.DataFrame:
     return table.join(first[["run", "git_sha", "hardware", "step", "n"]])
 
 
+def read_films(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What is told of each film in the folder (films.py), by the task's name."""
+    path = folder / "films.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def summary(scores: pd.DataFrame) -> dict[str, str]:
     """Over all tasks that were played."""
     agent, steps = scores.run.iloc[0].split("-")[0], scores.step.iloc[0]
@@ -256,6 +265,7 @@ def task_values(
     values = {
         "id": task,
         "film": "",
+        "filmed": "",
         "score": "",
         "low": "",
         "high": "",
@@ -277,6 +287,13 @@ def task_values(
         values["unsound"] = "below half of its floor"
     if reference is not None and not reference.sound:
         values["unsound"] = "not clear of random actions"
+    name = task.replace("/", "-")
+    if episode := read_films(FILMS).get(name):
+        values["film"] = f"../../_static/films/{name}.mp4"
+        values["filmed"] = (
+            f"Its first evaluation episode, seed {episode['seed']}: {episode['steps']} steps, "
+            f"score {episode['score']:.4g}{', solved' if episode['success'] else ''}."
+        )
     if played is not None:
         values |= {
             k: f"{100 * played[c]:.0f}"
