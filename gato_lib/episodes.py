@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from gato_lib.files import atomic_path
+from gato_lib.files import atomic_path, write_bytes
 
 # A leaf is an array with a leading time axis, or a list of strings; dicts and tuples nest leaves.
 Nested = dict[str, "Nested"] | tuple["Nested", ...] | np.ndarray | list[str]
@@ -266,20 +267,33 @@ def keep_mask(scores: Sequence[float], fraction: float = 0.8) -> np.ndarray:
 
 def write_shard(path: str | os.PathLike, episode: Episode) -> None:
     """Write one episode as .npz without pickle."""
+    write_bytes(path, to_bytes(episode))
+
+
+def read_shard(path: str | os.PathLike) -> Episode:
+    """Read a shard; raises DataError where it is truncated or foreign."""
+    try:
+        return from_bytes(pathlib.Path(path).read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: not an episode shard ({error})") from error
+
+
+def to_bytes(episode: Episode) -> bytes:
+    """One episode as the content of an .npz file, without pickle."""
     leaves = {
         f"{name}/{k}": np.asarray(v)
         for name in ("observations", "actions", "executed")
         for k, v in flatten(getattr(episode, name)).items()
     }
     meta = json.dumps({k: getattr(episode, k) for k in ("task", "success", "seed")})
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, meta=np.array(meta), rewards=episode.rewards, **leaves)
+    np.savez(content := io.BytesIO(), meta=np.array(meta), rewards=episode.rewards, **leaves)
+    return content.getvalue()
 
 
-def read_shard(path: str | os.PathLike) -> Episode:
-    """Read a shard; raises DataError where it is truncated or foreign."""
+def from_bytes(content: bytes, where: str) -> Episode:
+    """The inverse of `to_bytes`; raises DataError, naming `where`, if truncated or foreign."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as z:
+        with np.load(io.BytesIO(content), allow_pickle=False) as z:
             arrays = {k: z[k] for k in z.files}
         meta = json.loads(str(arrays.pop("meta")))
         rewards = arrays.pop("rewards")
@@ -294,7 +308,7 @@ def read_shard(path: str | os.PathLike) -> Episode:
         nested = {name: _unflatten(leaves) for name, leaves in trees.items()}
         return Episode(rewards=rewards, **nested, **meta)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not an episode shard ({error})") from error
+        raise DataError(f"{where}: not an episode shard ({error})") from error
 
 
 def _unflatten(leaves: dict[str, np.ndarray]) -> Nested:

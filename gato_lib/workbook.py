@@ -51,7 +51,7 @@ from gato_lib.config import (
     source_digest,
 )
 from gato_lib.embedding import check_text
-from gato_lib.episodes import DataError, Document, Episode, flatten, is_text
+from gato_lib.episodes import DataError, Document, Episode, flatten, is_text, select
 from gato_lib.evaluation import (
     Evaluation,
     batches,
@@ -67,6 +67,8 @@ from gato_lib.mixture import (
     build_group,
     mixture_weights,
 )
+from gato_lib.prompts import Prompts, ends
+from gato_lib.prompts import write as write_prompts
 from gato_lib.sampling import Sampling, sample_texts
 from gato_lib.sequence import (
     MODALITIES,
@@ -97,6 +99,7 @@ TRAINING_CODE = tuple(
     )
 )
 RELEASED = "params.safetensors"  # of an agent that is given away
+PROMPTS = "prompts.zip"  # and what it is prompted with
 ASSETS = pathlib.Path(__file__).parent / "assets"
 TOKENIZER_CHARACTERS = 4_000_000  # of a set, at most, that a small tokenizer is trained on
 SMALL_TASKS = ("babyai/GoToObj", "metaworld/drawer-close")
@@ -712,23 +715,52 @@ def checkpoint_step(folder: str | os.PathLike, checkpoint: str = "latest") -> in
     return step
 
 
-def release(folder: pathlib.Path, run: Run, name: str, checkpoint: str = "latest") -> pathlib.Path:
+def release(
+    home: Run,
+    folder: pathlib.Path,
+    run: Run,
+    name: str,
+    checkpoint: str = "latest",
+    prompts: int = 0,
+    tasks: Sequence[str] = (),
+) -> pathlib.Path:
     """Write an agent to be given away into `run`, and return its folder, `agents/<name>`.
 
-    It holds the parameters alone, in bfloat16; settings, text pieces and metrics; and in meta.json
-    the sha256 that `load_agent` checks. It plays, and can be fine-tuned, but not trained on.
+    It holds the parameters alone, in bfloat16; settings, text pieces and metrics; in meta.json the
+    sha256 that `load_agent` checks; and of each task that it was trained on, and of `tasks`, the
+    ends of so many demonstrations that lie in `home`. It plays, and can be fine-tuned, but its
+    training cannot be gone on with.
     """
     meta = {k: v for k, v in read_meta(folder).items() if k != "released"}
-    target = run.agents / name
-    digest = write_parameters(target / RELEASED, load_agent(folder, checkpoint).params)
+    target, agent = run.agents / name, load_agent(folder, checkpoint)
+    digest = write_parameters(target / RELEASED, agent.params)
     for file in ("text.model", "metrics.csv"):
         if (folder / file).is_file():
             write_bytes(target / file, (folder / file).read_bytes())
     meta["released"] = {"from": folder.name, "sha256": digest}
     meta["released"]["step"] = checkpoint_step(folder, checkpoint)
+
+    def steps(episode: Episode) -> int:
+        env = _spaces_of(episode.task)
+        own = agent.for_domain(episode.task.split("/")[0])
+        first = select(episode.observations, 0)
+        return len(own.prompt(own.tokenizer(env), episode, "end", first)[0])
+
+    if prompts:
+        wanted = dict.fromkeys([*trained_on(folder).tasks, *tasks])
+        known = prompts_for(home, folder, "end", list(wanted))
+        write_prompts(target / PROMPTS, ends(known, wanted, steps, prompts))
     write_text(target / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
     write_text(run.agents / f"{name}.json", json.dumps({"folder": name}))
     return target
+
+
+@functools.lru_cache(maxsize=1)
+def _spaces_of(task: str) -> gym.Env:
+    """An environment of the task, for its spaces."""
+    env = domains.make_env(task)
+    env.close()
+    return env
 
 
 def find_agent(run: Run, name: str) -> pathlib.Path | None:
@@ -801,6 +833,27 @@ def demonstrations(run: Run, config: DataConfig) -> Demonstrations:
     return Demonstrations(run, config)
 
 
+def prompts_for(
+    run: Run, folder: pathlib.Path, where: str, tasks: Sequence[str] = ()
+) -> Callable[[str], list[Episode]] | None:
+    """A function from a task to demonstrations, for prompts: None if `where` is "none".
+
+    A released agent has the ends of some; others' are collected, for `tasks` or for all that it was
+    trained on. Raises ConfigError for the start of what comes with a released agent.
+    """
+    if where == "none":
+        return None
+    if (folder / PROMPTS).is_file():
+        if where != "end":
+            raise ConfigError(
+                f"prompt is {where!r}: {folder.name} comes with the ends of demonstrations alone"
+            )
+        return Prompts(str(folder / PROMPTS))
+    data = trained_on(folder).data
+    wanted = tuple(t for t in tasks or data.tasks if t not in domains.HELD_OUT)
+    return demonstrations(run, dataclasses.replace(data, tasks=wanted)) if wanted else None
+
+
 def tiny_agent(
     run: Run, name: str, seed: int, documents: str = "", tasks: Sequence[str] = SMALL_TASKS
 ) -> pathlib.Path:
@@ -866,7 +919,7 @@ def play(
     evaluation = Evaluation(
         Loader(str(folder), checkpoint, tuple(sorted(choices.items())), step),
         seed,
-        demonstrations(run, trained.data) if prompt != "none" else None,
+        prompts_for(run, folder, prompt, tasks),
         prompt,
     )
     path = folder / name

@@ -72,6 +72,7 @@ ORDER = (
     "files",
     "tokenizers",
     "episodes",
+    "prompts",
     "domains",
     "collection",
     "set_aside",

@@ -51,7 +51,7 @@ def test_another_file_is_refused(tmp_path):
 def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
     own, given = Run(tmp_path / "own", "smoke"), Run(tmp_path / "given", "smoke")
     folder = workbook.tiny_agent(own, "g", 0)
-    released = workbook.release(folder, given, "small")
+    released = workbook.release(own, folder, given, "small")
     assert workbook.find_agent(given, "small") == released
     assert sorted(p.name for p in released.iterdir()) == [
         "meta.json", "metrics.csv", "params.safetensors", "text.model",
@@ -63,7 +63,7 @@ def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
     one, other = workbook.load_agent(folder), workbook.load_agent(released)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
         np.testing.assert_array_equal(jnp.asarray(a, jnp.bfloat16).astype(np.float32), b)
-    again = workbook.release(released, Run(tmp_path / "third", "smoke"), "small")
+    again = workbook.release(given, released, Run(tmp_path / "third", "smoke"), "small")
     content = (released / "params.safetensors").read_bytes()
     assert (again / "params.safetensors").read_bytes() == content
     played = workbook.play(

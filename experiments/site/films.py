@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.run}: no finished agent {options.agent!r} there")
         return 2
     trained = workbook.trained_on(folder)
-    shown = workbook.demonstrations(run, trained.data) if options.prompt != "none" else None
+    shown = workbook.prompts_for(run, folder, options.prompt)
     agent = workbook.load_agent(folder, continuous="mean", keep=options.keep)
     tasks = workbook.select_tasks(options.tasks) or trained.tasks
     for number, task in enumerate(tasks, 1):
