@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gato_lib import workbook
+from gato_lib import results, workbook
 from gato_lib.checkpoint import read_parameters, write_parameters
 from gato_lib.workbook import Run
 
@@ -49,8 +51,8 @@ def test_another_file_is_refused(tmp_path):
 
 
 def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
-    own, given = Run(tmp_path / "own", "smoke"), Run(tmp_path / "given", "smoke")
-    folder = workbook.tiny_agent(own, "g", 0)
+    own, given = Run(tmp_path / "smoke", "smoke"), Run(tmp_path / "given", "smoke")
+    folder = workbook.tiny_agent(own, "generalist", 0)
     released = workbook.release(own, folder, given, "small")
     assert workbook.find_agent(given, "small") == released
     assert sorted(p.name for p in released.iterdir()) == [
@@ -70,3 +72,16 @@ def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
         own, released, 1, 0, lanes=1, prompt="none", tasks=("metaworld/drawer-close",)
     )
     assert len(played) == 1 and played.score.notna().all()
+
+    # The same by the command.
+    program = [sys.executable, str(results.REPOSITORY / "experiments" / "release.py")]
+    where = ["--preset", "smoke", "--runs", str(tmp_path), "--out", str(tmp_path / "agents")]
+    done = subprocess.run([*program, *where], capture_output=True, text=True, check=True)
+    assert meta["released"]["sha256"] in done.stdout
+    run = Run(tmp_path / "agents" / "smoke", "smoke")
+    one = workbook.find_agent(run, "generalist")
+    assert (one / "params.safetensors").read_bytes() == content
+    assert workbook.prompts_for(run, one, "end")("babyai/GoToObj")
+    where[3] = str(tmp_path / "elsewhere")
+    done = subprocess.run([*program, *where], capture_output=True, text=True)
+    assert done.returncode == 2 and "make reproduce PRESET=smoke first" in done.stdout
