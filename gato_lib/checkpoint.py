@@ -25,7 +25,7 @@ import safetensors.flax
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from gato_lib import distributed
-from gato_lib.files import write_bytes, write_text
+from gato_lib.files import write_text
 
 
 @contextlib.contextmanager
@@ -165,12 +165,9 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
 # --- parameters alone ---------------------------------------------------------------------------
 
 
-def write_parameters(path: str | os.PathLike, params: Any, dtype: Any = jnp.bfloat16) -> str:
-    """Write a tree of parameters, rounded to `dtype`, as safetensors; returns the file's sha256."""
-    named = {name: jnp.asarray(value, dtype) for name, value in _by_name(params).items()}
-    content = safetensors.flax.save(named)
-    write_bytes(path, content)
-    return hashlib.sha256(content).hexdigest()
+def parameters_to_bytes(params: Any, dtype: Any = jnp.bfloat16) -> bytes:
+    """A tree of parameters, rounded to `dtype`, as the content of a file of safetensors."""
+    return safetensors.flax.save({n: jnp.asarray(v, dtype) for n, v in _by_name(params).items()})
 
 
 def read_parameters(path: str | os.PathLike, like: Any, sha256: str) -> Any:

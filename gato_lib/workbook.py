@@ -41,7 +41,7 @@ from gato_lib import (
     vision_language,
 )
 from gato_lib.agent import Agent
-from gato_lib.checkpoint import Checkpointer, read_meta, read_parameters, write_parameters
+from gato_lib.checkpoint import Checkpointer, parameters_to_bytes, read_meta, read_parameters
 from gato_lib.config import (
     ConfigError,
     DataConfig,
@@ -724,16 +724,20 @@ def release(
     prompts: int = 0,
     tasks: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Write an agent to be given away into `run`, and return its folder, `agents/<name>`.
+    """Write an agent to be given away into `run`, and return its folder there.
 
-    It holds the parameters alone, in bfloat16; settings, text pieces and metrics; in meta.json the
-    sha256 that `load_agent` checks; and of each task that it was trained on, and of `tasks`, the
-    ends of so many demonstrations that lie in `home`. It plays, and can be fine-tuned, but its
+    It is `agents/<name>-<eight digits of the parameters' sha256>`; `agents/<name>.json` points to
+    it. It holds the parameters alone, in bfloat16; settings, text pieces and metrics; in meta.json
+    the sha256 that `load_agent` checks; and of each task that it was trained on, and of `tasks`,
+    the ends of so many demonstrations that lie in `home`. It plays, and can be fine-tuned, but its
     training cannot be gone on with.
     """
     meta = {k: v for k, v in read_meta(folder).items() if k != "released"}
-    target, agent = run.agents / name, load_agent(folder, checkpoint)
-    digest = write_parameters(target / RELEASED, agent.params)
+    agent = load_agent(folder, checkpoint)
+    content = parameters_to_bytes(agent.params)
+    digest = hashlib.sha256(content).hexdigest()
+    target = run.agents / f"{name}-{digest[:8]}"
+    write_bytes(target / RELEASED, content)
     for file in ("text.model", "metrics.csv"):
         if (folder / file).is_file():
             write_bytes(target / file, (folder / file).read_bytes())
@@ -751,7 +755,7 @@ def release(
         known = prompts_for(home, folder, "end", list(wanted))
         write_prompts(target / PROMPTS, ends(known, wanted, steps, prompts))
     write_text(target / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
-    write_text(run.agents / f"{name}.json", json.dumps({"folder": name}))
+    write_text(run.agents / f"{name}.json", json.dumps({"folder": target.name}))
     return target
 
 

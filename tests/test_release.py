@@ -13,28 +13,35 @@ import numpy as np
 import pytest
 
 from gato_lib import results, workbook
-from gato_lib.checkpoint import read_parameters, write_parameters
+from gato_lib.checkpoint import parameters_to_bytes, read_parameters
 from gato_lib.workbook import Run
+
+
+def write(path, dtype=jnp.bfloat16):
+    """TREE in a file, whose sha256 is returned."""
+    path.write_bytes(content := parameters_to_bytes(TREE, dtype))
+    return hashlib.sha256(content).hexdigest()
+
 
 TREE = {"a": {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3)}, "b": [np.float32([1 / 3])]}
 
 
 def test_parameters_come_back_rounded(tmp_path):
     path = tmp_path / "p.safetensors"
-    digest = write_parameters(path, TREE)
+    digest = write(path)
     back = read_parameters(path, TREE, digest)
     assert jax.tree.structure(back) == jax.tree.structure(TREE)
     np.testing.assert_array_equal(back["a"]["w"], TREE["a"]["w"])  # small whole numbers are exact
     assert back["b"][0].dtype == np.float32 and back["b"][0] == jnp.bfloat16(1 / 3)
     assert path.stat().st_size < 300
-    assert write_parameters(tmp_path / "again", TREE) == digest
-    exact = write_parameters(path, TREE, np.float32)
+    assert write(tmp_path / "again") == digest
+    exact = write(path, np.float32)
     assert read_parameters(path, TREE, exact)["b"][0] == np.float32(1 / 3)
 
 
 def test_another_file_is_refused(tmp_path):
     path = tmp_path / "p.safetensors"
-    digest = write_parameters(path, TREE)
+    digest = write(path)
     with pytest.raises(ValueError, match=r"p\.safetensors: sha256 is .* expected 0000"):
         read_parameters(path, TREE, "0" * 64)
     with pytest.raises(ValueError, match=r"b/0 is not expected \(1 such names\)"):
@@ -55,6 +62,8 @@ def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
     folder = workbook.tiny_agent(own, "generalist", 0)
     released = workbook.release(own, folder, given, "small")
     assert workbook.find_agent(given, "small") == released
+    digest = hashlib.sha256((released / "params.safetensors").read_bytes()).hexdigest()
+    assert released.name == f"small-{digest[:8]}"
     assert sorted(p.name for p in released.iterdir()) == [
         "meta.json", "metrics.csv", "params.safetensors", "text.model",
     ]  # fmt: skip
