@@ -4,20 +4,20 @@
 
 Writes experiments/agents/<preset>: parameters in bfloat16, settings, text pieces, metrics, and of
 each task, the levels that 06 plays besides included, the ends of some demonstrations to prompt it
-with. Prints the sha256 for its model card. Exit status: 0 done, 1 it is too large, 2 there is no
-such agent.
+with. Prints the sha256 for its model card. Exit status: 0 done, 1 it is too large or data is
+damaged, 2 there is no such agent.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
-import shutil
 import sys
 
 import run as driver
 
 from gato_lib import results, workbook
+from gato_lib.episodes import DataError
 
 MOST = 40e6  # bytes
 
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--checkpoint", default="latest", choices=["latest", "best"])
     parser.add_argument("--prompts", type=int, default=4, help="demonstrations of each task")
+    parser.add_argument("--most", type=float, default=MOST, help="bytes")
     options = parser.parse_args(arguments)
     home = workbook.Run(options.runs / options.preset, options.preset)
     folder = workbook.find_agent(home, "generalist")
@@ -41,14 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     levels = driver.all_parameters("06_simulated_control", options.preset)["levels"]
     levels = [level.strip() for level in levels.split(",") if level.strip()]
     target = workbook.Run(options.out / options.preset, options.preset)
-    given = workbook.release(
-        home, folder, target, "generalist", options.checkpoint, options.prompts, levels
-    )
-    size = sum(path.stat().st_size for path in given.rglob("*") if path.is_file())
-    if size > MOST:
-        shutil.rmtree(given)
-        print(f"{given}: {size / 1e6:.1f} MB, more than {MOST / 1e6:.0f}: nothing is kept")
+    what = home, folder, target, "generalist", options.checkpoint, options.prompts, levels
+    try:
+        given = workbook.release(*what, most=options.most)
+    except DataError as error:
+        print(f"release.py: {error}")
         return 1
+    size = sum(path.stat().st_size for path in given.iterdir())
     sha256 = workbook.read_meta(given)["released"]["sha256"]
     print(f"{target}: {size / 1e6:.1f} MB, {workbook.RELEASED} has sha256 {sha256}")
     return 0

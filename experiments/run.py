@@ -311,18 +311,21 @@ class Run:
             library_digest(),
             [self.state(n) for n in self.table[name].needs],
             {i: self._digest(i) for i in self.table[name].inputs},
-            self._other_agent(name),
+            self._other_agents(name),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _other_agent(self, name: str) -> str | None:
-        """Which agent of another run the notebook is about, where it is about one."""
+    def _other_agents(self, name: str) -> list[str | None]:
+        """Which agents of other runs the notebook is about, where it is about some."""
         values = self.parameters[name]
-        if not values.get("agents_run"):
-            return None
-        agents = ROOT / pathlib.Path(values["agents_run"]).expanduser() / "agents"
-        pointer = agents / f"{values.get('agent_name', 'generalist')}.json"
-        return pointer.read_text() if pointer.is_file() else None
+        named = [other.split()[:2] for other in values.get("others", [])]
+        if values.get("agents_run"):
+            named.append([values["agents_run"], values.get("agent_name", "generalist")])
+        found = []
+        for run, agent in named:
+            pointer = ROOT / pathlib.Path(run).expanduser() / "agents" / f"{agent}.json"
+            found.append(pointer.read_text() if pointer.is_file() else None)
+        return found
 
     def _digest(self, name: str) -> str | None:
         """sha256 of a committed file; None where there is none.
@@ -432,7 +435,8 @@ class Run:
     def publish(self, names: Sequence[str] = ()) -> list[str]:
         """Copy what the preset publishes to where git keeps it: all of it, or NotebookError.
 
-        With `names`, of a preset that publishes notebooks: these, and the files that they declare.
+        With `names`, of a preset that publishes notebooks: these, the files that they declare, the
+        figures that say they come from them, and rows whose names begin with a notebook's number.
         A notebook's cells stay as they are in the source, smoke-sized defaults included; only
         outputs and execution counts come from the run.
         """
@@ -448,7 +452,8 @@ class Run:
             if whole and not found:
                 raise NotebookError(f"published nothing: the run wrote no {pattern}")
             for path in found:
-                if whole or path.relative_to(self.folder).with_suffix("") in declared:
+                known = path.relative_to(self.folder).with_suffix("") in declared
+                if whole or known or _made_by(path) & {s for n in names for s in (n, n[:3])}:
                     out[f"{PUBLISHED[path.parent.name]}/{path.name}"] = path.read_bytes()
         for notebook in [self.table[name] for name in names or self.table]:
             if notebook.commit_outputs and "notebooks" in self.publishes:
@@ -467,6 +472,13 @@ def result_of(path: pathlib.Path) -> str:
     printed = "".join(o.text for o in outputs if o.output_type == "stream")
     found = re.findall(r"^Result: (.+)$", printed, re.MULTILINE)
     return found[-1] if found else ""
+
+
+def _made_by(path: pathlib.Path) -> set[str]:
+    """The notebook that a figure's provenance names; how the names of rows begin."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return {json.loads(path.with_suffix(".json").read_text())["notebook"]}
+    return {path.name[:3]}
 
 
 def _is_publishable(path: pathlib.Path) -> bool:

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,8 +125,8 @@ def stack_observations(observations: Sequence[Any], space: gym.Space | None = No
     return np.stack([np.asarray(o, None if space is None else space.dtype) for o in observations])
 
 
-def select(tree: Nested, step: int) -> Any:
-    """The observation of one step, the inverse of `stack_observations`."""
+def select(tree: Nested, step: int | slice) -> Any:
+    """The observation of one step, the inverse of `stack_observations`; or a slice of the steps."""
     if isinstance(tree, dict):
         return {k: select(v, step) for k, v in tree.items()}
     if isinstance(tree, tuple):
@@ -307,7 +308,10 @@ def from_bytes(content: bytes, where: str) -> Episode:
             trees[name][path_within] = value
         nested = {name: _unflatten(leaves) for name, leaves in trees.items()}
         return Episode(rewards=rewards, **nested, **meta)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, EOFError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise DataError(f"{where}: not an episode shard ({error})") from error
 
 

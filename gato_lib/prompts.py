@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 
-from gato_lib.episodes import DataError, Episode, Nested, from_bytes, to_bytes
+from gato_lib.episodes import DataError, Episode, from_bytes, select, to_bytes
 from gato_lib.files import atomic_path
 
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 STAMP = (1980, 1, 1, 0, 0, 0)  # of every entry: the same demonstrations, the same file
 
 
@@ -23,19 +25,11 @@ def tail(episode: Episode, steps: int) -> Episode:
     first = max(episode.steps - steps, 0)
     return dataclasses.replace(
         episode,
-        observations=_from(episode.observations, first),
-        actions=_from(episode.actions, first),
-        executed=_from(episode.executed, first),
+        observations=select(episode.observations, slice(first, None)),
+        actions=select(episode.actions, slice(first, None)),
+        executed=select(episode.executed, slice(first, None)),
         rewards=episode.rewards[first:],
     )
-
-
-def _from(tree: Nested, first: int) -> Nested:
-    if isinstance(tree, dict):
-        return {key: _from(part, first) for key, part in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(_from(part, first) for part in tree)
-    return tree[first:]
 
 
 def write(path: str | os.PathLike, episodes: Iterable[Episode]) -> None:
@@ -60,7 +54,7 @@ class Prompts:
             with zipfile.ZipFile(self.path) as file:
                 names = [n for n in file.namelist() if n.rpartition("/")[0] == task]
                 found = [from_bytes(file.read(n), f"{self.path}: {n}") for n in names]
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, *DAMAGED) as error:
             raise DataError(f"{self.path}: not a file of prompts ({error})") from error
         if not found:
             raise DataError(f"{self.path}: no demonstration of {task}")

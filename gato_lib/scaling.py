@@ -115,6 +115,19 @@ def fit(
     return Law(float(np.exp(best[0])), **constants)
 
 
+def widened_errors(
+    law: Law, parameters: Sequence[float], tokens: Sequence[float], loss: Sequence[float]
+) -> np.ndarray:
+    """Errors of the logarithm of the loss around a fitted law, float64 (trainings,).
+
+    Centred, and widened for the constants that were fitted: what another training would add.
+    """
+    smooth = law(np.asarray(parameters, float), np.asarray(tokens, float))
+    errors = np.log(np.asarray(loss, float) / smooth)
+    constants = 1 + 2 * (bool(law.a) + bool(law.b))
+    return (errors - errors.mean()) * np.sqrt(len(errors) / (len(errors) - constants))
+
+
 def resampled(
     parameters: Sequence[float],
     tokens: Sequence[float],
@@ -124,14 +137,11 @@ def resampled(
 ) -> list[Law]:
     """Laws of what the trainings might have been: a residual bootstrap of `fit`.
 
-    The errors of the logarithm, widened for the constants that were fitted, are dealt anew to the
-    trainings. Quantiles over the laws are intervals, of constants and of predictions alike; with a
+    The errors of the logarithm (`widened_errors`) are dealt anew to the trainings. Quantiles over the laws are intervals, of constants and of predictions alike; with a
     few trainings for each constant they are somewhat too narrow.
     """
     law, rng = fit(parameters, tokens, loss), np.random.default_rng(seed)
     smooth = law(np.asarray(parameters, float), np.asarray(tokens, float))
-    errors = np.log(np.asarray(loss, float) / smooth)
-    constants = 1 + 2 * (bool(law.a) + bool(law.b))
-    errors = (errors - errors.mean()) * np.sqrt(len(errors) / (len(errors) - constants))
+    errors = widened_errors(law, parameters, tokens, loss)
     draws = rng.choice(errors, (resamples, len(errors)))
     return [fit(parameters, tokens, smooth * np.exp(draw), near=law) for draw in draws]

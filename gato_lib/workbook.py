@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import html
@@ -19,8 +20,9 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import grain
@@ -59,7 +61,7 @@ from gato_lib.evaluation import (
     read_references,
     rollouts,
 )
-from gato_lib.files import write_bytes, write_text
+from gato_lib.files import atomic_path, write_bytes, write_text
 from gato_lib.mixture import (
     PAPER_WEIGHTS,
     Mixture,
@@ -309,7 +311,7 @@ class Prepared:
     mixture: Mixture
     text: TextTokenizer | None
     cards: list[dict[str, Any]]  # one data card a task
-    content: dict[str, str] = dataclasses.field(default_factory=dict)  # digests of what is imported
+    content: dict[str, str] = dataclasses.field(default_factory=dict)  # what else decides
     documents: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # cards of the sets
 
 
@@ -420,7 +422,9 @@ def prepare(
         progress(f"reading {item.task} ({number + 1} of {len(wanted)})")
         episodes[item.task], card = collection.load(item)
         if config.goals_aside:
-            episodes[item.task] = set_aside.without(item.task, episodes[item.task])
+            known = set_aside.without(item.task, episodes[item.task])
+            card["aside"] = len(episodes[item.task]) - len(known)
+            episodes[item.task] = known
         if few is not None:
             episodes[item.task] = draw_few(episodes[item.task], *few)
         env = domains.make_env(item.task)
@@ -436,6 +440,8 @@ def prepare(
         text = pieces or _text_tokenizer(run, config, episodes, sets)
     groups: dict[str, dict[str, list[TokenSequence]]] = {}
     content = {}
+    if config.goals_aside:
+        content["goals aside"] = source_digest("set_aside.py")[:8]
     if pieces:  # they decide the ids as imported data does
         content["pieces"] = hashlib.sha256(pieces.path.read_bytes()).hexdigest()[:8]
     tasks = len(episodes)
@@ -582,7 +588,7 @@ def train_agent(
     meta = {"model": model.to_dict(), "train": config.to_dict(), "data": data.to_dict()}
     meta["lengths"] = {group.name: group.length for group in prepared.mixture.groups}
     digest = "".join([c.digest()[:4] for c in (model, config, data)] + [code[:4]])
-    if prepared.content:  # what is imported may change under the same name
+    if prepared.content:  # as what is imported, which may change under the same name
         meta["content"] = prepared.content
         digest += "".join(prepared.content[name][:4] for name in sorted(prepared.content))
     params = None
@@ -723,6 +729,7 @@ def release(
     checkpoint: str = "latest",
     prompts: int = 0,
     tasks: Sequence[str] = (),
+    most: float = math.inf,
 ) -> pathlib.Path:
     """Write an agent to be given away into `run`, and return its folder there.
 
@@ -730,19 +737,21 @@ def release(
     it. It holds the parameters alone, in bfloat16; settings, text pieces and metrics; in meta.json
     the sha256 that `load_agent` checks; and of each task that it was trained on, and of `tasks`,
     the ends of so many demonstrations that lie in `home`. It plays, and can be fine-tuned, but its
-    training cannot be gone on with.
+    training cannot be gone on with. Raises DataError, and leaves what is there, where it would take
+    more than `most` bytes.
     """
     meta = {k: v for k, v in read_meta(folder).items() if k != "released"}
     agent = load_agent(folder, checkpoint)
     content = parameters_to_bytes(agent.params)
     digest = hashlib.sha256(content).hexdigest()
     target = run.agents / f"{name}-{digest[:8]}"
-    write_bytes(target / RELEASED, content)
-    for file in ("text.model", "metrics.csv"):
-        if (folder / file).is_file():
-            write_bytes(target / file, (folder / file).read_bytes())
-    meta["released"] = {"from": folder.name, "sha256": digest}
-    meta["released"]["step"] = checkpoint_step(folder, checkpoint)
+    released = {
+        "from": folder.name,
+        "sha256": digest,
+        "step": checkpoint_step(folder, checkpoint),
+        "hardware": results.hardware(),
+        "date": datetime.date.today().isoformat(),
+    }
 
     def steps(episode: Episode) -> int:
         env = _spaces_of(episode.task)
@@ -750,11 +759,25 @@ def release(
         first = select(episode.observations, 0)
         return len(own.prompt(own.tokenizer(env), episode, "end", first)[0])
 
-    if prompts:
-        wanted = dict.fromkeys([*trained_on(folder).tasks, *tasks])
-        known = prompts_for(home, folder, "end", list(wanted))
-        write_prompts(target / PROMPTS, ends(known, wanted, steps, prompts))
-    write_text(target / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
+    with atomic_path(target) as partial:
+        write_bytes(partial / RELEASED, content)
+        for file in ("text.model", "metrics.csv"):
+            if (folder / file).is_file():
+                write_bytes(partial / file, (folder / file).read_bytes())
+        if prompts:
+            wanted = dict.fromkeys([*trained_on(folder).tasks, *tasks])
+            known = prompts_for(home, folder, "end", list(wanted))
+            write_prompts(partial / PROMPTS, ends(known, wanted, steps, prompts))
+            found = hashlib.sha256((partial / PROMPTS).read_bytes()).hexdigest()
+            released["prompts_sha256"] = found
+        meta["released"] = released
+        write_text(partial / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
+        size = sum(path.stat().st_size for path in partial.iterdir())
+        if size > most:
+            raise DataError(
+                f"{target}: {size / 1e6:.1f} MB, at most {most / 1e6:.1f} MB are wanted"
+            )
+        shutil.rmtree(target, ignore_errors=True)  # the same parameters, given away before
     write_text(run.agents / f"{name}.json", json.dumps({"folder": target.name}))
     return target
 
@@ -816,7 +839,10 @@ class Loader:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstrations:
-    """Returns a task's kept demonstrations, as they lie in the run's data folder."""
+    """Returns a task's kept demonstrations, as they lie in the run's data folder.
+
+    Without those that were set aside, where the data is: no prompt shows them either.
+    """
 
     run: Run
     data: DataConfig
@@ -824,7 +850,8 @@ class Demonstrations:
     def __call__(self, task: str) -> list[Episode]:
         data = dataclasses.replace(self.data, tasks=(task,))
         (item,) = collections(self.run, data, held_out=True)
-        return collection.load(item)[0]
+        episodes = collection.load(item)[0]
+        return set_aside.without(task, episodes) if data.goals_aside else episodes
 
 
 def demonstrations(run: Run, config: DataConfig) -> Demonstrations:
@@ -843,16 +870,21 @@ def prompts_for(
     """A function from a task to demonstrations, for prompts: None if `where` is "none".
 
     A released agent has the ends of some; others' are collected, for `tasks` or for all that it was
-    trained on. Raises ConfigError for the start of what comes with a released agent.
+    trained on. Raises ConfigError for the start of what comes with a released agent, and DataError
+    where that is another file than was released.
     """
     if where == "none":
         return None
-    if (folder / PROMPTS).is_file():
+    if expected := read_meta(folder).get("released", {}).get("prompts_sha256"):
         if where != "end":
             raise ConfigError(
                 f"prompt is {where!r}: {folder.name} comes with the ends of demonstrations alone"
             )
-        return Prompts(str(folder / PROMPTS))
+        path = folder / PROMPTS
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != expected:
+            raise DataError(f"{path}: sha256 is {found[:12]}..., expected {expected[:12]}...")
+        return Prompts(str(path))
     data = trained_on(folder).data
     wanted = tuple(t for t in tasks or data.tasks if t not in domains.HELD_OUT)
     return demonstrations(run, dataclasses.replace(data, tasks=wanted)) if wanted else None
@@ -920,6 +952,9 @@ def play(
     step = checkpoint_step(folder, checkpoint)
     settings = [f"{k}_{v}" for k, v in sorted(choices.items())]
     name = "-".join(["episodes", prompt, *settings, f"step_{step}"])
+    given = read_meta(folder).get("released", {}).get("prompts_sha256")
+    if given and prompt != "none":  # the folder is named by the parameters alone
+        name += f"-prompts_{given[:8]}"
     evaluation = Evaluation(
         Loader(str(folder), checkpoint, tuple(sorted(choices.items())), step),
         seed,
@@ -1175,8 +1210,7 @@ def run_trials(
             outcomes = ((t, run_trial(run, t)) for t in trials)
         else:
             pool = stack.enter_context(collection.worker_pool(workers, pinned=True))
-            futures = {pool.submit(_run_quietly, run, t): t for t in trials}
-            outcomes = ((futures[f], f.result()) for f in _as_they_end(futures))
+            outcomes = _in_turn(pool, functools.partial(_run_quietly, run), trials, workers)
         for number, (trial, outcome) in enumerate(outcomes, start=1):
             spent = time.perf_counter() - begin
             left = duration(spent / number * (len(trials) - number))
@@ -1221,23 +1255,35 @@ def sweep(
     return pd.concat([results.read_rows(path) for path in done], ignore_index=True)
 
 
-def _as_they_end(
-    futures: Collection[concurrent.futures.Future],
-) -> Iterator[concurrent.futures.Future]:
-    """Those that end well. After the first that fails none begins any more, and it is raised last.
+def _in_turn(
+    pool: concurrent.futures.Executor,
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    workers: int,
+) -> Iterator[tuple[Any, Any]]:
+    """(item, function(item)) of each, `workers` at a time, as they end.
 
-    What runs at that moment is yielded too: it may have taken an hour.
+    After the first that fails none begins any more, and it is raised last: what runs at that moment
+    may have taken an hour, and is yielded. No more are submitted than run, for those that a pool
+    has put in line can not be stopped.
     """
-    failed = None
-    for future in concurrent.futures.as_completed(futures):
-        if future.cancelled():
-            continue
-        if error := future.exception():
-            failed = failed or error
-            for other in futures:
-                other.cancel()
-        else:
-            yield future
+    waiting, running, failed = iter(items), {}, None
+    while True:
+        while failed is None and len(running) < workers:
+            try:
+                item = next(waiting)
+            except StopIteration:
+                break
+            running[pool.submit(function, item)] = item
+        if not running:
+            break
+        ended, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in ended:
+            item = running.pop(future)
+            if error := future.exception():
+                failed = failed or error
+            else:
+                yield item, future.result()
     if failed:
         raise failed
 

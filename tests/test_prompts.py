@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -41,6 +43,13 @@ def test_a_file_of_them(tmp_path, demonstrations):
     assert path.read_bytes() == before
     with pytest.raises(DataError, match=r"prompts\.zip: no demonstration of babyai/Open"):
         prompts.Prompts(str(path))("babyai/Open")
+    for place in range(40, len(before), len(before) // 50):
+        path.write_bytes(before[:place] + bytes([before[place] ^ 255]) + before[place + 1 :])
+        try:
+            back = [e for task in demonstrations for e in prompts.Prompts(str(path))(task)]
+        except DataError:
+            continue
+        assert len(back) == len(every), "a byte that nothing reads"
     path.write_bytes(before[: len(before) // 2])
     with pytest.raises(DataError, match=r"prompts\.zip: not a file of prompts"):
         prompts.Prompts(str(path))("babyai/GoToObj")
@@ -57,6 +66,11 @@ def test_a_released_agent_needs_no_demonstrations(tmp_path, monkeypatch):
         whole = workbook.prompts_for(own, folder, "end")(task)
         assert len(kept(task)) == len(whole) and kept(task)[0].steps < whole[0].steps
     monkeypatch.setattr(workbook, "collect", None)
+    again = workbook.play(given, released, 1, 0, **how)
+    assert len(again) == 2
+    (cache,) = released.glob("episodes-end-*.csv")
+    digest = hashlib.sha256((released / "prompts.zip").read_bytes()).hexdigest()
+    assert f"-prompts_{digest[:8]}" in cache.name
     agent = workbook.load_agent(folder, continuous="mean")  # its parameters are not rounded
     evaluation = Evaluation(lambda: agent, 0, kept, "end")
     after = [r for lot in batches(workbook.SMALL_TASKS, 2, 2) for r in evaluation.play(lot)]
@@ -64,3 +78,6 @@ def test_a_released_agent_needs_no_demonstrations(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="prompt is 'start': small-.* comes with the ends"):
         workbook.prompts_for(given, released, "start")
     assert workbook.prompts_for(given, released, "none") is None
+    (released / "prompts.zip").write_bytes(b"other")
+    with pytest.raises(DataError, match=r"prompts\.zip: sha256 is .* expected"):
+        workbook.prompts_for(given, released, "end")

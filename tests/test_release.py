@@ -70,7 +70,7 @@ def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
     assert workbook.trained_on(released) == workbook.trained_on(folder)
     assert workbook.checkpoint_step(released) == workbook.checkpoint_step(folder) == 60
     meta = json.loads((released / "meta.json").read_text())
-    assert meta["released"]["from"] == folder.name
+    assert meta["released"]["from"] == folder.name and "prompts_sha256" not in meta["released"]
     one, other = workbook.load_agent(folder), workbook.load_agent(released)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
         np.testing.assert_array_equal(jnp.asarray(a, jnp.bfloat16).astype(np.float32), b)
@@ -90,6 +90,10 @@ def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
     run = Run(tmp_path / "agents" / "smoke", "smoke")
     one = workbook.find_agent(run, "generalist")
     assert (one / "params.safetensors").read_bytes() == content
+    assert workbook.prompts_for(run, one, "end")("babyai/GoToObj")
+    done = subprocess.run([*program, *where, "--most", "1e4"], capture_output=True, text=True)
+    assert done.returncode == 1 and "0.0 MB are wanted" in done.stdout
+    assert workbook.find_agent(run, "generalist") == one, "the last one is still there"
     assert workbook.prompts_for(run, one, "end")("babyai/GoToObj")
     where[3] = str(tmp_path / "elsewhere")
     done = subprocess.run([*program, *where], capture_output=True, text=True)

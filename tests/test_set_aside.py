@@ -53,3 +53,8 @@ def test_training_does_not_get_them(tmp_path):
     assert 0 < sum(aside) < len(aside)
     kept = [e.steps for e, out in zip(every(TASK), aside, strict=True) if not out]
     assert less["steps"] == sum(kept) < whole.cards[0]["steps"]
+    assert less["aside"] == sum(aside) and "aside" not in whole.cards[0]
+    shown = workbook.demonstrations(run, dataclasses.replace(data, goals_aside=True))
+    assert [e.steps for e in shown(TASK)] == kept, "prompts show none of them either"
+    with_rule = workbook.prepare(run, dataclasses.replace(data, goals_aside=True)).content
+    assert with_rule.keys() - whole.content.keys() == {"goals aside"}

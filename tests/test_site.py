@@ -38,6 +38,7 @@ def test_other_links(tmp_path):
     assert links("[all](experiments/params), ") == "all, "  # a folder is no page
     assert links("[log](experiments/LOG.md)") == "[log](experiments/LOG.txt)"
     assert (tmp_path / "experiments" / "LOG.txt").is_file()
+    assert links("[log](experiments/LOG.md#two)") == "[log](experiments/LOG.txt#two)"
     for kept in ("[a](https://x.org/a.md)", "[04](notebooks/04_training.ipynb)", "[b](#two)"):
         assert links(kept) == kept
     assert not (tmp_path / "notebooks").exists()  # written as pages of their own
@@ -68,8 +69,28 @@ def test_what_a_task_page_says(tmp_path):
     page = (tmp_path / "tasks" / f"{task}.md").read_text()
     assert f"**{100 * scores.normalized[task]:.0f} % of the expert's score**" in page
     assert f"{references.expert[task]:.4g}" in page and scores.git_sha[task] in page
+    assert f"Solved: {100 * scores.success[task]:.0f} %." in page
+    no_scale = scores.assign(normalized=scores.normalized.where(scores.index != task))
+    build.write_tasks(tmp_path, no_scale)
+    page = (tmp_path / "tasks" / f"{task}.md").read_text()
+    assert f"Score {scores.score[task]:.4g}, the mean of 20 episodes; the expert gives" in page
     held = (tmp_path / "tasks" / "atari" / "Boxing.md").read_text()
     assert "Held out" in held and "% of the expert's score**" not in held
+
+
+def test_a_task_without_a_scale_was_played_all_the_same(tmp_path):
+    for name in ("06_simulated_control.csv", "06_episodes.csv"):
+        rows = results.read_rows(results.COMMITTED / name)
+        if name == "06_simulated_control.csv":
+            rows = rows[rows.task != "babyai/Open"]
+        results.write_rows(tmp_path / "results" / name, rows.to_dict("records"))
+    before, scores = build.read_scores(None), build.read_scores(tmp_path)
+    assert set(scores.index) == set(before.index)
+    now, then = scores.loc["babyai/Open"], before.loc["babyai/Open"]
+    assert now.score == pytest.approx(then.score) and now.success == then.success
+    assert (now.run, now.n) == (then.run, then.n)
+    assert np.isnan(scores.normalized["babyai/Open"])
+    assert build.summary(scores)["tasks"] == str(len(before) - 1)
 
 
 def test_films_of_tasks(tmp_path, monkeypatch):
@@ -78,14 +99,19 @@ def test_films_of_tasks(tmp_path, monkeypatch):
     with av.open(str(tmp_path / "films" / "babyai-Open.mp4")) as file:
         shapes = [(f.height, f.width) for f in file.decode(video=0)]
     assert shapes == [(192, 194)] * 5  # thrice as large, cut to even sides
-    told = {"babyai-Open": {"seed": 0, "steps": 9, "score": 0.5, "success": True, "agent": "a"}}
+    scores = build.read_scores(None)
+    whose = {"agent": scores.run["babyai/Open"]}
+    told = {"babyai-Open": whose | {"seed": 0, "steps": 9, "score": 0.5, "success": True}}
     (tmp_path / "films" / "films.json").write_text(json.dumps(told))
     monkeypatch.setattr(build, "FILMS", tmp_path / "films")
-    build.write_tasks(tmp_path, build.read_scores(None))
+    build.write_tasks(tmp_path, scores)
     page = (tmp_path / "tasks" / "babyai" / "Open.md").read_text()
     assert 'src="../../_static/films/babyai-Open.mp4"' in page
     assert "seed 0: 9 steps, score 0.5, solved." in page
     assert "<video" not in (tmp_path / "tasks" / "babyai" / "GoTo.md").read_text()
+    build.write_tasks(tmp_path / "another", scores.assign(run="another agent"))
+    page = (tmp_path / "another" / "tasks" / "babyai" / "Open.md").read_text()
+    assert "<video" not in page, "a film beside another agent's score"
 
 
 # --- the whole site ---------------------------------------------------------------------------

@@ -230,41 +230,23 @@ def test_a_sweep_runs_what_is_missing_and_shares_can_be_put_together(tmp_path, m
         workbook.sweep(run, "grid", [trials[0], trials[0]], rows_of)
 
 
-def test_one_that_fails_takes_none_with_it_that_runs():
-    both_run, failure_seen = threading.Barrier(3), threading.Event()
-
-    def fail():
-        both_run.wait(60)
-        raise ValueError("in trial 0")
-
-    def work(hours):
-        both_run.wait(60)
-        assert failure_seen.wait(60)
-        return hours
-
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(fail), pool.submit(work, 1), pool.submit(work, 2)]
-        futures[0].add_done_callback(lambda _: failure_seen.set())
-        found = []
-        with pytest.raises(ValueError, match="in trial 0"):
-            for future in workbook._as_they_end(futures):
-                found.append(future.result())
-    assert sorted(found) == [1, 2]
-
-
 def test_after_a_failure_nothing_begins():
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        release = threading.Event()
-        blocked = pool.submit(release.wait, 60)
-        waiting = [pool.submit(int) for _ in range(3)]
-        failed = concurrent.futures.Future()
-        failed.set_exception(ValueError("in trial 0"))
-        ended = workbook._as_they_end([failed, blocked, *waiting])
+    begun, release = [], threading.Event()
+
+    def trial(number):
+        begun.append(number)
+        if number == 0:
+            raise ValueError("in trial 0")
+        release.wait(60)
+        return 10 * number
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ended = workbook._in_turn(pool, trial, range(6), 2)
         threading.Timer(0.2, release.set).start()
-        assert next(ended) is blocked
+        assert next(ended) == (1, 10), "what ran beside it is not lost"
         with pytest.raises(ValueError, match="in trial 0"):
             next(ended)
-        assert all(f.cancelled() for f in waiting)
+    assert begun == [0, 1]
 
 
 SWEEP = """

@@ -22,6 +22,7 @@ from typing import Any
 
 import jinja2
 import nbformat
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -48,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{run.relative_to(ROOT)}: there is no such run; make reproduce first")
         return 2
     source, html = options.out / "source", options.out / "html"
-    shutil.rmtree(source, ignore_errors=True)
+    for folder in (source, html):
+        shutil.rmtree(folder, ignore_errors=True)
     lay_out(source, run)
     from sphinx.cmd.build import main as sphinx
 
@@ -155,7 +157,7 @@ def with_links(text: str, folder: pathlib.Path, source: pathlib.Path) -> str:
     """
 
     def follow(match: re.Match[str]) -> str:
-        image, words, target, _ = match.groups()
+        image, words, target, place_in_it = match.groups(default="")
         if "://" in target:
             return match[0]
         path = (folder / target).resolve()
@@ -168,7 +170,7 @@ def with_links(text: str, folder: pathlib.Path, source: pathlib.Path) -> str:
         if path.suffix != ".ipynb" and path != ROOT / "README.md" and not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, place)
-        return f"{image}[{words}]({target})"
+        return f"{image}[{words}]({target}{place_in_it})"
 
     return LINK.sub(follow, text)
 
@@ -196,11 +198,22 @@ def read_figures(folder: pathlib.Path) -> Iterator[dict[str, str]]:
 
 
 def read_scores(run: pathlib.Path | None) -> pd.DataFrame:
-    """One line a task that was played: normalised score, interval, episodes, provenance."""
-    name = "06_simulated_control.csv"
-    path = None if run is None else run / "results" / name
-    rows = results.read_rows(path if path and path.is_file() else results.COMMITTED / name)
+    """One line a task that was played: normalised score, interval, episodes, provenance.
+
+    Without the normalised ones where there is no scale: the expert is weak or not sound.
+    """
+    names = ["06_simulated_control.csv", "06_episodes.csv"]
+    own = run is not None and all((run / "results" / name).is_file() for name in names)
+    rows, single = (
+        results.read_rows((run / "results" if own else results.COMMITTED) / name) for name in names
+    )
     rows = rows[rows.task.isin(domains.TASKS)]
+    for task in sorted(set(single.task) - set(rows.task)):
+        of_task = single[single.task == task]
+        episodes = evaluation.episodes_of(of_task)
+        more = of_task.head(1).assign(n=len(episodes))
+        means = {"score": episodes.score.mean(), "success": episodes.success.mean()}
+        rows = pd.concat([rows, *(more.assign(metric=k, value=v) for k, v in means.items())])
     table = rows.pivot(index="task", columns="metric", values="value")
     first = rows.groupby("task").first()
     return table.join(first[["run", "git_sha", "hardware", "step", "n"]])
@@ -217,7 +230,7 @@ def summary(scores: pd.DataFrame) -> dict[str, str]:
     agent, steps = scores.run.iloc[0].split("-")[0], scores.step.iloc[0]
     return {
         "agent": f"One agent ({agent}, {steps:,} updates)",
-        "tasks": str(len(scores)),
+        "tasks": str(scores.normalized.notna().sum()),
         "at_half": str(int((scores.normalized >= 0.5).sum())),
         "mean": f"{100 * scores.normalized.mean():.0f}",
     }
@@ -239,7 +252,7 @@ def write_tasks(source: pathlib.Path, scores: pd.DataFrame) -> list[dict[str, An
             notes += ["weak expert"] if shown["unsound"] else []
             listed.append(shown | {"name": spec.name, "page": page, "note": ", ".join(notes)})
         render(folder / "index.md", "domain.md", name=domain.name, tasks=listed)
-        own = scores[scores.index.isin(list(domain.tasks))]
+        own = scores[scores.index.isin(list(domain.tasks))].dropna(subset="normalized")
         entries.append(
             {
                 "name": domain.name,
@@ -267,6 +280,7 @@ def task_values(
         "film": "",
         "filmed": "",
         "score": "",
+        "raw": "",
         "low": "",
         "high": "",
         "solved": "",
@@ -288,17 +302,19 @@ def task_values(
     if reference is not None and not reference.sound:
         values["unsound"] = "not clear of random actions"
     name = task.replace("/", "-")
-    if episode := read_films(FILMS).get(name):
+    episode = read_films(FILMS).get(name)
+    if episode and (played is None or played.run == episode["agent"]):
         values["film"] = f"../../_static/films/{name}.mp4"
+        solved = ", solved" if episode["success"] else ""
         values["filmed"] = (
-            f"Its first evaluation episode, seed {episode['seed']}: {episode['steps']} steps, "
-            f"score {episode['score']:.4g}{', solved' if episode['success'] else ''}."
+            f"The first evaluation episode of {episode['agent']}, seed {episode['seed']}: "
+            f"{episode['steps']} steps, score {episode['score']:.4g}{solved}."
         )
     if played is not None:
-        values |= {
-            k: f"{100 * played[c]:.0f}"
-            for k, c in (("score", "normalized"), ("low", "low"), ("high", "high"))
-        }
+        values["raw"], values["solved"] = f"{played.score:.4g}", f"{100 * played.success:.0f}"
+        if not np.isnan(played.normalized):
+            for key, column in (("score", "normalized"), ("low", "low"), ("high", "high")):
+                values[key] = f"{100 * played[column]:.0f}"
         values["episodes"] = f"{played.n:.0f}"
         values["provenance"] = (
             f"{played.run}, {played.step:,} updates, commit {played.git_sha}, {played.hardware}"

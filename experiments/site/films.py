@@ -43,13 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.run}: no finished agent {options.agent!r} there")
         return 2
     trained = workbook.trained_on(folder)
+    choices = {"prompt": options.prompt, "keep": options.keep}
     shown = workbook.prompts_for(run, folder, options.prompt)
     agent = workbook.load_agent(folder, continuous="mean", keep=options.keep)
     tasks = workbook.select_tasks(options.tasks) or trained.tasks
     for number, task in enumerate(tasks, 1):
         path = options.out / f"{task.replace('/', '-')}.mp4"
         told = read_films(options.out)
-        whose = {"agent": folder.name, "seed": options.seed}
+        whose = {"agent": folder.name, "seed": options.seed, **choices}
         if path.is_file() and told.get(path.stem, {}).items() >= whose.items():
             continue
         film = films.film(
