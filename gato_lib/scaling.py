@@ -137,8 +137,9 @@ def resampled(
 ) -> list[Law]:
     """Laws of what the trainings might have been: a residual bootstrap of `fit`.
 
-    The errors of the logarithm (`widened_errors`) are dealt anew to the trainings. Quantiles over the laws are intervals, of constants and of predictions alike; with a
-    few trainings for each constant they are somewhat too narrow.
+    The errors of the logarithm (`widened_errors`) are dealt anew to the trainings. Quantiles over
+    the laws are intervals, of constants and of predictions alike; with a few trainings for each
+    constant they are somewhat too narrow.
     """
     law, rng = fit(parameters, tokens, loss), np.random.default_rng(seed)
     smooth = law(np.asarray(parameters, float), np.asarray(tokens, float))
