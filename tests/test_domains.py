@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -173,6 +174,20 @@ def test_metaworld_shows_the_goal_and_stops_at_success():
 def test_noise_is_executed_but_the_label_is_the_experts(demonstrations):
     for episode in demonstrations.values():
         assert any(not np.array_equal(e.actions, e.executed) for e in episode)
+
+
+def test_a_deadline_that_was_swallowed_comes_again():
+    def search():
+        while True:
+            pass
+
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"), babyai._deadline(0.05):
+        with contextlib.suppress(TimeoutError):  # as in a callback of the garbage collector
+            search()
+        search()
+    begin = time.process_time()
+    while time.process_time() < begin + 0.2:
+        pass  # outside of the block nothing comes
 
 
 def test_the_bot_is_stopped_when_it_hangs(monkeypatch):

@@ -83,7 +83,12 @@ def make_env(name: str) -> gym.Env:
 
 @contextlib.contextmanager
 def _deadline(seconds: float):
-    """Raise TimeoutError inside the block after `seconds`. Only the main thread can be timed."""
+    """Raise TimeoutError inside the block after `seconds` of this process's own time.
+
+    Not of the clock's: which episodes there are must not depend on what else the machine does. It
+    is raised again and again until the block ends, for where it falls into a callback of the
+    garbage collector it is lost. Only the main thread can be timed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -91,13 +96,13 @@ def _deadline(seconds: float):
     def expire(signum, frame):
         raise TimeoutError(f"no answer within {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, expire)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class Bot(Expert):
