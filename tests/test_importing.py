@@ -491,6 +491,7 @@ def settings(imports, **others):
     )
 
 
+@pytest.mark.slow
 def test_imports_are_trained_on_beside_collected_tasks(tmp_path, monkeypatch):
     run = workbook.Run(tmp_path / "run", "smoke")
     config = settings([{"name": "arm", "lerobot": str(DATA / "lerobot_v2_image")}])

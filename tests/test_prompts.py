@@ -55,6 +55,7 @@ def test_a_file_of_them(tmp_path, demonstrations):
         prompts.Prompts(str(path))("babyai/GoToObj")
 
 
+@pytest.mark.slow
 def test_a_released_agent_needs_no_demonstrations(tmp_path, monkeypatch):
     own, given = Run(tmp_path / "own", "smoke"), Run(tmp_path / "given", "smoke")
     folder = workbook.tiny_agent(own, "g", 0)

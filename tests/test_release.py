@@ -57,6 +57,7 @@ def test_another_file_is_refused(tmp_path):
         read_parameters(tmp_path / "none", TREE, digest)
 
 
+@pytest.mark.slow
 def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
     own, given = Run(tmp_path / "smoke", "smoke"), Run(tmp_path / "given", "smoke")
     folder = workbook.tiny_agent(own, "generalist", 0)

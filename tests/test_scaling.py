@@ -44,6 +44,7 @@ def test_one_bad_training_bends_nothing():
     assert found.alpha == pytest.approx(PLANTED.alpha, rel=0.1)
 
 
+@pytest.mark.slow
 def test_intervals_mostly_hold_what_was_planted_and_widen_with_noise():
     rng, widths, held = np.random.default_rng(1), [], 0
     for noise in [0.003] * 4 + [0.03] * 4:

@@ -307,7 +307,14 @@ def test_modalities_of_targets_by_hand(mixture):
             assert (ids[kinds == 1] < 7).all(), "BabyAI has seven actions"
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((8, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), marks=pytest.mark.slow),
+        (2, 2, 2),
+    ],
+)
 def test_eight_devices_train_like_one(shape, text, demonstrations):
     """Losses over five steps to 1e-5, whatever the mesh; parameters and moments are split."""
     data = dataclasses.replace(DATA, batch_tokens=800, rows_multiple=8)
@@ -331,6 +338,7 @@ def test_eight_devices_train_like_one(shape, text, demonstrations):
         assert local < total / 2, "an eighth each, and small arrays whole (most, at this size)"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_mesh(tmp_path, text, demonstrations):
     data = dataclasses.replace(DATA, batch_tokens=800, rows_multiple=8)
     mixture = Mixture(make_groups(text, demonstrations, data), data)
@@ -489,7 +497,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_source(tmp_path, mixture):
 # --- scoring --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("discrete_range", ["shared", "own"])
+@pytest.mark.parametrize("discrete_range", [pytest.param("shared", marks=pytest.mark.slow), "own"])
 def test_any_gymnasium_spaces_train_and_act(text, discrete_range):
     """Random episodes of every kind of space: tokens, updates, and legal actions."""
     observations, actions = AnySpaces.observation_space, AnySpaces.action_space

@@ -290,6 +290,7 @@ def test_few_demonstrations_are_a_part_of_more_and_draws_differ():
         workbook.draw_few(episodes, 21, 0)
 
 
+@pytest.mark.slow
 def test_fine_tuning_begins_where_the_agent_is_and_plays_as_it_learns(tmp_path, monkeypatch):
     run, (trial, _) = Run(tmp_path, "smoke"), small_trials(2)
     folder, _ = workbook.train_agent(
