@@ -113,7 +113,7 @@ install_kernel() {
     "${variables[@]}" >/dev/null
 }
 
-# Only pictures of the simulators need this, so its lack stops nothing.
+# Tasks that are seen as pictures of MuJoCo's scenes need this, and so do films.
 check_rendering() {
   [[ $(uname -s) == Linux ]] || return 0
   local probe='import mujoco; mujoco.GLContext(16, 16).make_current()'
@@ -121,7 +121,7 @@ check_rendering() {
   say "libraries for rendering without a screen are missing"
   if apt_install libegl1 libegl-mesa0 libgl1-mesa-dri &&
     MUJOCO_GL=egl "$python" -c "$probe" >/dev/null 2>&1; then return 0; fi
-  say "going on without: only pictures of Meta-World need them"
+  die "then run make again"
 }
 
 if [[ -n ${GATO_ENV:-} ]]; then

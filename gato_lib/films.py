@@ -48,16 +48,23 @@ def picture(task: str, seed: int = 0, size: int = 128) -> np.ndarray:
 
 @contextlib.contextmanager
 def _camera(env: Any, size: int) -> Iterator[Callable[[Any], np.ndarray]]:
-    """A function from an observation to an image: the one in it, or one of the scene as it is."""
+    """A function from an observation to an image: the one in it, or one of the scene as it is.
+
+    Grey, where there is neither an image nor a scene of MuJoCo's to draw.
+    """
     spaces = flatten(env.observation_space)
     seen = [key for key, space in spaces.items() if space_kind(space) == IMAGE]
     if seen:
         layout = image_layout(spaces[seen[0]])
         yield lambda observation: as_images(flatten(observation)[seen[0]][None], layout)[0]
         return
+    model = getattr(env.unwrapped, "model", None)
+    if not hasattr(model, "ncam"):
+        grey = np.full((size, size, 3), 128, np.uint8)
+        yield lambda observation: grey
+        return
     from gato_lib.domains.rendering import Renderer
 
-    model = env.unwrapped.model
     names = [model.camera(i).name for i in range(model.ncam)]
     camera = next((name for name in CAMERAS if name in names), -1)
     renderer = Renderer(model, size, camera)

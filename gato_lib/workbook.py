@@ -236,6 +236,10 @@ def data_config(
         if taken or names.count(name) > 1:
             raise ConfigError(f"imports: the name {name!r} is taken")
     present = {t.split("/")[0] for t in (*chosen, *sets)} | set(names)
+    for name in {item.strip().partition(" ")[0] for item in mixture.split(",")} - present:
+        if name in domains.DOMAINS and not domains.DOMAINS[name].installed:
+            install = domains.DOMAINS[name].install
+            raise ConfigError(f"mixture names {name}, which is not installed: {install}")
     return DataConfig(
         tasks=chosen,
         episodes=episodes_by_domain(episodes, chosen),

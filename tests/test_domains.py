@@ -57,7 +57,7 @@ def test_held_out_tasks_never_enter_pretraining():
 
 
 OWN = """
-from gato_lib import collection, domains, workbook
+from gato_lib import collection, domains, films, workbook
 from gato_lib.config import DataConfig
 from gato_lib.evaluation import measure_references
 
@@ -66,6 +66,8 @@ if __name__ == "__main__":
     wanted = [(tasks[0], policy, 3) for policy in ("random", "expert")]
     rows = {r["policy"]: r for r in measure_references(wanted, 0)}
     assert rows["expert"]["mean"] > 400 > 100 > rows["random"]["mean"], rows
+    assert tasks[0] not in workbook.select_tasks("all")
+    assert (films.picture(tasks[0], size=16) == 128).all(), "nothing to see"
     data = DataConfig(tasks=tasks, episodes=workbook.episodes_by_domain("others 2", tasks),
                       context_length=64, batch_tokens=128, vocabulary_size=1024)
     prepared = workbook.prepare(workbook.Run.at("run", "smoke"), data)
@@ -105,6 +107,8 @@ def test_a_missing_simulator_names_its_remedy(monkeypatch):
     assert not any(t.startswith("babyai/") for t in workbook.select_tasks("all"))
     with pytest.raises(ModuleNotFoundError, match="babyai/GoToObj needs no_such_module: make it"):
         domains.make_env("babyai/GoToObj")
+    with pytest.raises(ConfigError, match="mixture names babyai, which is not installed: make it"):
+        workbook.data_config("metaworld", "others 1", "0", "metaworld 1, babyai 2")
 
 
 def test_an_unknown_task_names_its_neighbours():

@@ -207,6 +207,8 @@ def test_what_presets_publish():
         "distillation",
         "questions",
         "acting",
+        "choices",
+        "released",
         "ood",
         "scaling",
         "specialists",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
-from gato_lib import results, workbook
+from gato_lib import domains, results, workbook
 from gato_lib.checkpoint import parameters_to_bytes, read_parameters
 from gato_lib.workbook import Run
 
@@ -99,3 +101,27 @@ def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
     where[3] = str(tmp_path / "elsewhere")
     done = subprocess.run([*program, *where], capture_output=True, text=True)
     assert done.returncode == 2 and "make reproduce PRESET=smoke first" in done.stdout
+
+
+HOME = Run(results.REPOSITORY / "experiments" / "agents" / "released", "released")
+
+
+def test_the_released_agent_was_trained_on_every_task_but_what_is_kept_from_it():
+    folder = workbook.find_agent(HOME, "generalist")
+    trained = workbook.trained_on(folder)
+    preset = yaml.safe_load((results.REPOSITORY / "experiments/params/released.yaml").read_text())
+    levels = preset["notebooks"]["06_simulated_control"]["levels"]
+    levels = {level.strip() for level in levels.split(",")}
+    assert set(trained.tasks) == set(domains.TASKS) - domains.HELD_OUT - levels
+    assert trained.data.goals_aside
+    workbook.load_agent(folder)  # its parameters are those that its sha256 names
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 40e6
+    prompts = workbook.prompts_for(HOME, folder, "end")
+    assert all(prompts(task) for task in (*trained.tasks, *levels))
+
+
+def test_the_card_tells_of_the_agent_that_is_here(monkeypatch):
+    monkeypatch.syspath_prepend(str(results.REPOSITORY / "experiments"))
+    card = importlib.import_module("card").card(HOME, "generalist", results.COMMITTED)
+    assert (HOME.root / "README.md").read_text() == card, "python experiments/card.py"
+    assert workbook.find_agent(HOME, "generalist").name in card

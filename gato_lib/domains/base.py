@@ -146,8 +146,9 @@ def one_task(
 ) -> tuple[Domain, ...]:
     """A module's `DOMAINS`: one task "domain/name" whose expert is a function of what is observed.
 
-    Discrete actions are perturbed by random ones, those of a Box by Gaussian noise. The other
-    arguments are those of `TaskSpec` and `Domain`. Raises ValueError for an id without a slash.
+    Discrete actions are perturbed by random ones, those of a Box by Gaussian noise. It is beside
+    the paper's data sets: "all" does not name it. The other arguments are those of `TaskSpec` and
+    `Domain`. Raises ValueError for an id without a slash.
     """
     domain, slash, name = task.partition("/")
     if not (domain and slash and name):
@@ -166,4 +167,8 @@ def one_task(
         expert="a rule, from the agent's own observation",
     )
     make = {"make_env": lambda _: make_env(), "make_expert": lambda _: _Rule(act)}
-    return (Domain(name=domain, tasks={task: spec}, sources=sources, perturb=perturb, **make),)
+    return (
+        Domain(
+            name=domain, tasks={task: spec}, sources=sources, perturb=perturb, extra=True, **make
+        ),
+    )
