@@ -63,6 +63,7 @@ DOMAIN_NAMES = _Names(
     manipulation="DM Manipulation",
     rgb_stacking="RGB stacking",
     rgb_stacking_shifted="RGB stacking, shifted",
+    rgb_stacking_state="RGB stacking, from state",
     captions="Captions",
     vqa="Visual questions",
     text="Text",
@@ -75,7 +76,7 @@ DOMAIN_COLORS = _Colors(
             *_shades(_colorblind[2], 4),
             *_shades(_colorblind[3], 2),
             *(_colorblind[i] for i in (4, 5, 6, 8, 9)),
-            *_shades(_colorblind[7], 2),
+            *_shades(_colorblind[7], 3),
             *((grey, grey, grey) for grey in (0.2, 0.5, 0.7)),  # what is not control
         ],
         strict=True,
