@@ -20,7 +20,10 @@ NOTEBOOK ?= $(notebooks_of_$(PRESET))
 ENVIRONMENT := $(shell GATO_ENV='$(GATO_ENV)' USE_CONDA='$(USE_CONDA)' bash experiments/setup.sh --where)
 PYTHON := "$(ENVIRONMENT)/bin/python"
 RUN := $(PYTHON) experiments/run.py --preset "$(PRESET)" $(foreach name,$(NOTEBOOK),--notebook $(name))
-PYTEST := $(PYTHON) -m pytest
+# Tests run in this many processes; files stay whole, for what their tests share. Each takes up to
+# two GB.
+JOBS ?= 2
+PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
 	--nbval-sanitize-with notebooks/sanitize.cfg
 
