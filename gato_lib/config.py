@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 from typing import Any, Self
@@ -278,6 +279,8 @@ class TrainConfig(Settings):
     Attributes:
       schedule: "cosine", linear warm-up from `start_lr` and decay to `final_lr_factor` of the
         peak, or "constant" (fine-tuning, App. E; `warmup_steps` apply there too).
+      restarts: updates after which the cosine begins anew, warm-up included (Loshchilov and Hutter
+        2017), as where an agent that was trained to its end is trained on; the paper has none.
       clip_norm: global gradient norm above which gradients are scaled down; 0 is off (the paper
         names none).
       soft_sigma: standard deviation, in bins, of a Gaussian over neighbouring bins used as the
@@ -289,6 +292,7 @@ class TrainConfig(Settings):
     start_lr: float = 1e-7
     schedule: str = "cosine"
     final_lr_factor: float = 0.1
+    restarts: tuple[int, ...] = ()
     warmup_steps: int = 15_000
     beta1: float = 0.9
     beta2: float = 0.95
@@ -302,13 +306,25 @@ class TrainConfig(Settings):
         super().__post_init__()
         self._require(self.steps > 0, "steps must be positive")
         self._require(self.seed >= 0, "seed must be >= 0")
+        object.__setattr__(self, "restarts", tuple(self.restarts))  # JSON has lists
+        for at in self.restarts:
+            self._require(type(at) is int, f"restarts {self.restarts} must be whole numbers")
+        ends = (0, *self.restarts, self.steps)
+        cycles = [end - begin for begin, end in itertools.pairwise(ends)]
         self._require(
-            0 <= self.warmup_steps < self.steps,
-            f"warmup_steps {self.warmup_steps} must be below steps {self.steps}",
+            min(cycles) > 0, f"restarts {self.restarts} must rise, between 0 and steps {self.steps}"
+        )
+        self._require(
+            0 <= self.warmup_steps < min(cycles),
+            f"warmup_steps {self.warmup_steps} must be below steps {self.steps}, and below what "
+            f"lies between restarts {self.restarts}",
         )
         self._require(self.peak_lr > 0, "peak_lr must be positive")
         self._require(0 < self.final_lr_factor <= 1, "final_lr_factor must lie in (0, 1]")
         _one_of(self, "schedule", ("cosine", "constant"))
+        self._require(
+            self.schedule == "cosine" or not self.restarts, "a constant rate has no restarts"
+        )
         self._require(self.clip_norm >= 0, "clip_norm must be >= 0")
         self._require(self.soft_sigma >= 0, "soft_sigma must be >= 0")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -25,23 +26,37 @@ from gato_lib.model import Gato, forward_flops, modality_losses
 from gato_lib.sequence import MODALITIES, PADDING_POSITION, Batch
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up, then cosine decay (App. D) or a constant rate (App. E)."""
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """The rate after so many updates: linear warm-up, cosine decay (App. D) or constant (App. E).
+
+    Up to the first of `config.restarts` it is that of a training which ends there.
+    """
     start = min(config.start_lr, config.peak_lr)
     if config.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(
-            init_value=start,
-            peak_value=config.peak_lr,
-            warmup_steps=config.warmup_steps,
-            decay_steps=config.steps,
-            end_value=config.peak_lr * config.final_lr_factor,
-        )
-    elif config.warmup_steps:
-        schedule = optax.linear_schedule(start, config.peak_lr, config.warmup_steps)
-    else:
-        schedule = optax.constant_schedule(config.peak_lr)
+        cycles = [
+            optax.warmup_cosine_decay_schedule(
+                init_value=start,
+                peak_value=config.peak_lr,
+                warmup_steps=config.warmup_steps,
+                decay_steps=end - begin,
+                end_value=config.peak_lr * config.final_lr_factor,
+            )
+            for begin, end in itertools.pairwise((0, *config.restarts, config.steps))
+        ]
+        return optax.join_schedules(cycles, config.restarts)
+    if config.warmup_steps:
+        return optax.linear_schedule(start, config.peak_lr, config.warmup_steps)
+    return optax.constant_schedule(config.peak_lr)
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW at the rate of `learning_rate`, gradients clipped where `clip_norm` says so."""
     adamw = optax.adamw(
-        schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay
+        learning_rate(config),
+        config.beta1,
+        config.beta2,
+        config.epsilon,
+        weight_decay=config.weight_decay,
     )
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

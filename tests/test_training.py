@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from gato_lib.mixture import (
     mixture_weights,
 )
 from gato_lib.model import modality_losses
-from gato_lib.training import graph_of, initial_state, merge, optimizer, train
+from gato_lib.training import graph_of, initial_state, learning_rate, merge, optimizer, train
 
 NETWORK = model_config(
     "w64d2", width=32, head_dim=8, mlp_dim=64, text_rows=1024, value_rows="ordinal"
@@ -461,6 +462,50 @@ def test_fine_tuning_is_adam_at_a_constant_rate():
     tx = optimizer(slow)
     updates, _ = tx.update({"w": np.ones(3, np.float32)}, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], 0.0, atol=1e-9)
+
+
+def test_a_rate_that_starts_anew():
+    """By hand: peak 1, from 0.2 in two updates, down to 0.1; the cosine's middle is 0.55."""
+    once = TrainConfig(steps=6, peak_lr=1.0, start_lr=0.2, warmup_steps=2)
+    cycle = [0.2, 0.6, 1.0, 0.868198, 0.55, 0.231802]
+    rates = [float(learning_rate(once)(i)) for i in range(7)]
+    np.testing.assert_allclose(rates, [*cycle, 0.1], rtol=1e-5)
+    twice = dataclasses.replace(once, steps=12, restarts=[6])
+    rates = [float(learning_rate(twice)(i)) for i in range(13)]
+    np.testing.assert_allclose(rates, [*cycle, *cycle, 0.1], rtol=1e-5)
+    assert TrainConfig.from_dict(json.loads(json.dumps(twice.to_dict()))) == twice
+    assert TrainConfig.from_dict({"steps": 6, "warmup_steps": 2}).restarts == ()
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"restarts": (6, 4)}, "must rise"),
+        ({"restarts": (12,)}, "must rise, between 0 and steps 12"),
+        ({"restarts": (0,)}, "must rise"),
+        ({"restarts": (5.5,)}, "must be whole numbers"),
+        ({"restarts": (1,)}, "warmup_steps 2 must be below steps 12, and below"),
+        ({"restarts": (6,), "schedule": "constant"}, "a constant rate has no restarts"),
+    ],
+)
+def test_a_rate_cannot_start_anew_there(changed, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**{"steps": 12, "warmup_steps": 2} | changed)
+
+
+def test_trained_on_after_a_restart_equals_a_straight_run(tmp_path, mixture):
+    """What was trained to its end is a checkpoint of the training with a restart there."""
+    short = Checkpointer(tmp_path / "short", {})
+    list(train(NETWORK, FIT, mixture, short, report_every=4, save_every=8))
+    short.close()
+    on = dataclasses.replace(FIT, steps=12, restarts=(8,))
+    *_, (_, straight) = train(NETWORK, on, mixture, report_every=4)
+    shutil.copytree(tmp_path / "short" / "steps", tmp_path / "long" / "steps")
+    longer = Checkpointer(tmp_path / "long", {})
+    reports = list(train(NETWORK, on, mixture, longer, report_every=4))
+    longer.close()
+    assert [m.step for m, _ in reports] == [12]
+    assert_equal(straight, reports[-1][1])
 
 
 def test_dropout_acts_in_training_only(mixture):
