@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import IPython.display
 import matplotlib.pyplot as plt
@@ -224,7 +226,9 @@ def threshold_curve(scores: pd.DataFrame, ax: Axes) -> Axes:
         xlabel="Score threshold (% of expert, 0 = random)",
         ylabel="Tasks at or above",
     )
-    ax.legend(loc="lower left")
+    handles, labels = ax.get_legend_handles_labels()
+    beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "labelspacing": 0.3}
+    ax.legend(handles[::-1], labels[::-1], fontsize=7, **beside)
     return ax
 
 
@@ -262,29 +266,37 @@ def performance_profiles(profiles: Mapping[str, pd.DataFrame], ax: Axes) -> Axes
     return ax
 
 
-def score_bars(scores: pd.DataFrame, ax: Axes) -> Axes:
-    """Normalised score of each task with its interval, grouped by domain, best first."""
-    order = scores.sort_values(["domain", "normalized"], ascending=[True, True])
-    y = np.arange(len(order))
-    value = 100 * order.normalized
-    error = np.abs(100 * order[["low", "high"]].to_numpy().T - value.to_numpy())
-    ax.barh(y, value, color=[DOMAIN_COLORS[d] for d in order.domain], height=0.7)
-    ax.errorbar(value, y, xerr=error, fmt="none", ecolor="0.25", elinewidth=0.8, capsize=1.5)
-    ax.set_yticks(y, [t.split("/")[1] for t in order.task])
-    ax.axvline(0, color="0.2", lw=0.8)
-    ax.axvline(100, color="0.5", lw=0.8, ls=":")
-    ax.set(xlabel="Normalized score (% of expert, 0 = random)", ylim=(-0.6, len(order) - 0.4))
-    ax.tick_params(axis="y", length=0)
-    shown = in_order(order.domain)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=DOMAIN_COLORS[d]) for d in shown]
-    ax.legend(
-        handles,
-        [DOMAIN_NAMES[d] for d in shown],
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=len(shown),
-    )
-    return ax
+def score_bars(scores: pd.DataFrame, axes: Axes | Sequence[Axes]) -> None:
+    """Normalised score of each task with its interval: a block a domain, the best first.
+
+    The blocks follow each other down the first of `axes`, then down the next. `scores` has columns
+    domain, task, normalized, low and high (1.0 = expert).
+    """
+    columns, blocks = np.ravel(axes), {d: scores[scores.domain == d] for d in scores.domain}
+    length = -(-(len(scores) + 2 * len(blocks)) // len(columns))
+    parts: list[list[tuple[str, Any]]] = [[]]  # for each of the axes: a domain's name, or a row
+    for domain in in_order(blocks):
+        if len(parts[-1]) + 2 > length:  # a name stands above a task, not alone
+            parts.append([])
+        parts[-1].append((DOMAIN_NAMES[domain], None))
+        for row in blocks[domain].sort_values("normalized", ascending=False).itertuples():
+            if len(parts[-1]) == length:
+                parts.append([])
+            parts[-1].append((row.task.split("/")[1], row))
+    ends = 100 * np.array([0.0, 1.0, scores.low.min(), scores.high.max()])
+    for ax, part in itertools.zip_longest(columns, parts, fillvalue=[]):
+        ax.set_yticks(range(len(part)), [label for label, _ in part], fontsize=7)
+        for y, (_, row) in enumerate(part):
+            if row is None:
+                ax.get_yticklabels()[y].set_fontweight("bold")
+                continue
+            ax.barh(y, 100 * row.normalized, color=DOMAIN_COLORS[row.domain], height=0.7)
+            ax.plot([100 * row.low, 100 * row.high], [y, y], color="0.25", lw=0.8)
+        ax.axvline(0, color="0.2", lw=0.8)
+        ax.axvline(100, color="0.5", lw=0.8, ls=":")
+        ax.set(xlim=(1.05 * min(ends), 1.05 * max(ends)), ylim=(length - 0.4, -0.6))
+        ax.set_xlabel("% of expert (random: 0)")
+        ax.tick_params(axis="y", length=0)
 
 
 def loss_curves(metrics: pd.DataFrame, ax: Axes) -> Axes:
