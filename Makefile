@@ -23,7 +23,7 @@ RUN := $(PYTHON) experiments/run.py --preset "$(PRESET)" $(foreach name,$(NOTEBO
 # Tests run in this many processes; files stay whole, for what their tests share. Each takes up to
 # two GB.
 JOBS ?= 2
-PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile --durations 12 --durations-min 5
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
 	--nbval-sanitize-with notebooks/sanitize.cfg
 
