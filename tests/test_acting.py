@@ -82,7 +82,12 @@ def whole(graph, params, batch):
 
 @pytest.mark.parametrize(
     ("keep", "parallel"),
-    [(0.5, False), (0.5, True), (1.0, False), pytest.param(1.0, True, marks=pytest.mark.slow)],
+    [
+        (0.5, False),
+        (0.5, True),
+        pytest.param(1.0, False, marks=pytest.mark.slow),
+        pytest.param(1.0, True, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", ["metaworld/drawer-close", "babyai/GoToObj", "everything"])
 def test_cached_equals_uncached_over_episodes_longer_than_the_context(
@@ -225,7 +230,7 @@ def test_actions_are_legal_and_do_not_depend_on_the_batch(make_agent):
             np.testing.assert_allclose(together.log_p[1], alone.log_p[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("discrete_range", ["shared", "own"])
+@pytest.mark.parametrize("discrete_range", ["shared", pytest.param("own", marks=pytest.mark.slow)])
 def test_mixed_actions_are_chosen_token_by_token(make_agent, discrete_range):
     """Each token among its own legal ids, given those before it: the mean, the mode, or a draw."""
     observations = AnySpaces.observation_space

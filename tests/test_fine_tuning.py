@@ -118,6 +118,7 @@ def test_training_starts_from_the_parameters_it_is_given(run, told, pretrained):
         next(train(larger, still, prepared.mixture, params=start))
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_agent_is_named_after_its_start_and_plays_what_it_learned(
     run, told, pretrained, monkeypatch
 ):

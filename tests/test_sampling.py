@@ -132,6 +132,7 @@ def test_a_cache_can_begin_empty_forget_and_be_dealt_out_to_other_rows():
     np.testing.assert_allclose(hidden, expected[order, 10:20], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_cache_forgets():
     """Of one layer a later token is what it would be without the forgotten; of more it is not."""
     ten = np.full(3, 10, np.int32)

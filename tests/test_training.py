@@ -308,14 +308,8 @@ def test_modalities_of_targets_by_hand(mixture):
             assert (ids[kinds == 1] < 7).all(), "BabyAI has seven actions"
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        pytest.param((8, 1, 1), marks=pytest.mark.slow),
-        pytest.param((1, 8, 1), marks=pytest.mark.slow),
-        (2, 2, 2),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_eight_devices_train_like_one(shape, text, demonstrations):
     """Losses over five steps to 1e-5, whatever the mesh; parameters and moments are split."""
     data = dataclasses.replace(DATA, batch_tokens=800, rows_multiple=8)
@@ -493,6 +487,7 @@ def test_a_rate_cannot_start_anew_there(changed, message):
         TrainConfig(**{"steps": 12, "warmup_steps": 2} | changed)
 
 
+@pytest.mark.slow
 def test_trained_on_after_a_restart_equals_a_straight_run(tmp_path, mixture):
     """What was trained to its end is a checkpoint of the training with a restart there."""
     short = Checkpointer(tmp_path / "short", {})
@@ -542,7 +537,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_source(tmp_path, mixture):
 # --- scoring --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("discrete_range", [pytest.param("shared", marks=pytest.mark.slow), "own"])
+@pytest.mark.slow
+@pytest.mark.parametrize("discrete_range", ["shared", "own"])
 def test_any_gymnasium_spaces_train_and_act(text, discrete_range):
     """Random episodes of every kind of space: tokens, updates, and legal actions."""
     observations, actions = AnySpaces.observation_space, AnySpaces.action_space
