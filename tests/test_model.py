@@ -194,7 +194,10 @@ SWITCHES = [
 ]
 
 
-@pytest.mark.parametrize("changes", SWITCHES, ids=str)
+ALONE = [pytest.param(s, marks=pytest.mark.slow) for s in SWITCHES[1:-3]]
+
+
+@pytest.mark.parametrize("changes", [SWITCHES[0], *ALONE, *SWITCHES[-3:]], ids=str)
 def test_training_and_evaluation_modes(batch, changes):
     config = dataclasses.replace(TINY, stochastic_depth=0.5, **changes)
     state = initial_state(config, _train_config())
@@ -224,7 +227,11 @@ def _loss_and_gradients(config, training):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "changes",
-    [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}],
+    [
+        pytest.param({"scan_layers": True}, marks=pytest.mark.slow),
+        pytest.param({"remat": True}, marks=pytest.mark.slow),
+        {"scan_layers": True, "remat": True},
+    ],
     ids=str,
 )
 def test_how_it_is_computed_changes_nothing(batch, changes, training):
