@@ -32,7 +32,7 @@ import numpy as np
 from gato_lib import tokenizers
 from gato_lib.config import ModelConfig
 from gato_lib.embedding import check_text, table_row
-from gato_lib.episodes import Episode, check_observation, select
+from gato_lib.episodes import Episode, check_observation, select, stack_observations
 from gato_lib.model import Gato
 from gato_lib.sequence import (
     ACTION,
@@ -64,6 +64,8 @@ class Agent:
       parallel: domains that it was trained in with actions zeroed as inputs: there all tokens of an
         action come from one pass (App. G).
       tell_return: domains in which it was told what an episode reached: it is asked for the best.
+      inputs: whose actions stood in the sequences that it was trained on (`Tokenizer`), and so in
+        its prompts.
       continuous, discrete: "sample", "greedy", or, for continuous actions, "mean": the mean of the
         bin distribution, rounded to a bin.
       temperature: divides the logits that are sampled from.
@@ -83,6 +85,7 @@ class Agent:
         lengths: Mapping[str, int] | None = None,
         parallel: Collection[str] = (),
         tell_return: Collection[str] = (),
+        inputs: str = "expert",
         *,
         continuous: str = "sample",
         discrete: str = "sample",
@@ -108,6 +111,7 @@ class Agent:
         self.context_length, self.lengths = context_length, dict(lengths or {})
         self.parallel_domains, self.parallel = frozenset(parallel), False
         self.telling_domains, self.tell_return = frozenset(tell_return), False
+        self.inputs = inputs
         self.continuous, self.discrete, self.temperature = continuous, discrete, temperature
         self.keep, self.memory = keep, memory
 
@@ -131,6 +135,7 @@ class Agent:
             self.text,
             self.config.discrete_range,
             self.tell_return,
+            self.inputs,
         )
 
     def prompt(
@@ -152,7 +157,10 @@ class Agent:
         else:
             first = int(np.searchsorted(seq.offsets, seq.offsets[-1] - room))
             chosen = range(first, seq.steps)
-        ids = tokenizer.action_spec.encode(demonstration.actions)
+        expert = self.inputs == "expert"
+        ids = tokenizer.action_spec.encode(
+            demonstration.actions if expert else demonstration.executed
+        )
         observations = [select(demonstration.observations, i) for i in chosen]
         return observations, [ids[i] for i in chosen]
 
@@ -179,9 +187,9 @@ class _Row:
     sizes: list[int] = dataclasses.field(default_factory=list)  # tokens of each timestep
 
     @property
-    def pending(self) -> bool:
-        """Whether the last action token is not in the cache yet."""
-        return self.cached < self.prompt_tokens + sum(self.sizes)
+    def pending(self) -> int:
+        """How many of the last action's tokens are not in the cache yet."""
+        return self.prompt_tokens + sum(self.sizes) - self.cached
 
 
 class Player:
@@ -279,6 +287,13 @@ class Player:
             row.cached = row.prompt_tokens + sum(row.sizes) - 1
         return [tokenizer.action_spec.decode(chosen) for chosen in ids]
 
+    def executed(self, row: int, action: Any) -> None:
+        """Another action than the one just chosen was executed in a row: it remembers that one."""
+        r = self._rows[row]
+        leaves = stack_observations([action], self.tokenizer.action_space)
+        r.action_ids[-1] = self.tokenizer.action_spec.encode(leaves)[0]
+        r.cached = r.prompt_tokens + sum(r.sizes) - self._spec.count  # what it chose is forgotten
+
     def _make_room(self, sizes: np.ndarray) -> None:
         """Let the oldest timesteps leave where those to come, of so many tokens, do not fit."""
         agent, again = self.agent, {}
@@ -348,22 +363,24 @@ class Player:
     def _newest(self, newest: TokenSequence) -> tuple[TokenSequence, Windows, int]:
         """A sequence, the spans of it that rows have to read before they can choose, and T.
 
-        They are the last token of the action before, an observation, and a separator; and, where
-        all tokens of an action come from one pass, as many of it but one, which tell nothing.
+        They are the last token of the action before (all of them, where another was executed), an
+        observation, and a separator; and, where all tokens of an action come from one pass, as many
+        of it but one, which tell nothing.
         """
         n = len(newest)
         unread = self._spec.count - (self._spec.count - 1) * self.agent.parallel
         ends = newest.offsets[1:] - unread
         # Of one shape at every step, the first included; instructions differ in length.
-        length = int(np.max(ends - newest.offsets[:-1])) + 1
+        length = int(np.max(ends - newest.offsets[:-1]))
+        length += max([1, *(row.pending for row in self._rows)])
         if (newest.kinds == TEXT).any():
             length = -(-length // 8) * 8
         windows = [[(int(a), int(b))] for a, b in zip(newest.offsets, ends, strict=False)]
         last = []
         for row, window in zip(self._rows, windows, strict=True):
             if row.pending:
-                window.insert(0, (n + len(last), n + len(last) + 1))
-                last.append(row.action_ids[-1][-1])
+                window.insert(0, (n + len(last), n + len(last) + row.pending))
+                last.extend(row.action_ids[-1][-row.pending :])
         more = lambda x, values: np.concatenate([x, np.asarray(values, x.dtype)])  # noqa: E731
         none = np.zeros(len(last))
         joined = dataclasses.replace(

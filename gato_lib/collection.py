@@ -40,6 +40,7 @@ from gato_lib.episodes import (
 )
 
 CHUNK = 10  # episodes a worker collects before it reports
+ATTEMPTS = 20  # seeds tried for an episode in which the expert fails
 
 
 @contextlib.contextmanager
@@ -144,6 +145,48 @@ class Collection:
         text = f"{self.task} {self.seed} {index} {attempt}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:4], "little") % 2**30
 
+    def gather(self, indices: Sequence[int]) -> int:
+        """Write the shards of `indices` and return how many; runs in a worker process.
+
+        Raises DataError where the expert fails on every seed that is tried.
+        """
+        env, expert = domains.make_env(self.task), domains.make_expert(self.task)
+        for index in indices:
+            noise = self.noise[index % len(self.noise)]
+            for attempt in range(ATTEMPTS):
+                seed = self.episode_seed(index, attempt)
+                rng = np.random.default_rng([seed, 1])
+                try:
+                    episode = rollout(env, expert, self.task, seed, noise, rng)
+                except domains.ExpertError:
+                    continue
+                write_shard(self.shard(index), episode)
+                break
+            else:
+                raise DataError(
+                    f"{self.task}: the expert failed on {ATTEMPTS} seeds, episode {index}"
+                )
+        env.close()
+        return len(indices)
+
+    def keep(self, episodes: Sequence[Episode], scores: Sequence[float]) -> np.ndarray:
+        """Which episodes are kept, bool (E,): by the paper's return rule, or the solved ones.
+
+        Raises DataError where none are.
+        """
+        if self.failures:
+            return np.ones(len(scores), bool)
+        if domains.TASKS[self.task].metric == "success":
+            keep = np.array([e.success for e in episodes])
+        else:
+            try:
+                keep = keep_mask(scores)
+            except ValueError as error:
+                raise DataError(f"{self.task}: {error}") from error
+        if not keep.any():
+            raise DataError(f"{self.task}: the expert solved no episode of {len(episodes)}")
+        return keep
+
 
 def rollout(env, expert, task: str, seed: int, noise: float, rng: np.random.Generator) -> Episode:
     """One expert episode with injected noise; raises ExpertError where the expert fails."""
@@ -174,27 +217,6 @@ def rollout(env, expert, task: str, seed: int, noise: float, rng: np.random.Gene
     )
 
 
-def _collect_chunk(collection: Collection, indices: Sequence[int]) -> int:
-    """Write the shards of `indices`; runs in a worker process."""
-    env, expert = domains.make_env(collection.task), domains.make_expert(collection.task)
-    for index in indices:
-        noise = collection.noise[index % len(collection.noise)]
-        for attempt in range(20):
-            seed = collection.episode_seed(index, attempt)
-            try:
-                episode = rollout(
-                    env, expert, collection.task, seed, noise, np.random.default_rng([seed, 1])
-                )
-            except domains.ExpertError:
-                continue
-            write_shard(collection.shard(index), episode)
-            break
-        else:
-            raise DataError(f"{collection.task}: the expert failed on 20 seeds, episode {index}")
-    env.close()
-    return len(indices)
-
-
 def _merge(collection: Collection, notes: Mapping[str, Any] | None = None) -> None:
     """Check, filter and write the Minari data set, then drop the shards; runs in a worker.
 
@@ -210,18 +232,7 @@ def _merge(collection: Collection, notes: Mapping[str, Any] | None = None) -> No
         validate(episode, env.observation_space, env.action_space, str(path))
         episodes.append(episode)
     scores = [episode_score(collection.task, e.rewards, e.success) for e in episodes]
-    spec = domains.TASKS[collection.task]
-    if collection.failures:
-        keep = np.ones(len(scores), bool)
-    elif spec.metric == "success":
-        keep = np.array([e.success for e in episodes])
-    else:
-        try:
-            keep = keep_mask(scores)
-        except ValueError as error:
-            raise DataError(f"{collection.task}: {error}") from error
-    if not keep.any():
-        raise DataError(f"{collection.task}: the expert solved no episode of {len(episodes)}")
+    spec, keep = domains.TASKS[collection.task], collection.keep(episodes, scores)
     write_minari(
         collection.folder,
         [e for e, k in zip(episodes, keep, strict=True) if k],
@@ -242,6 +253,7 @@ def collect(
     *,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
     part: tuple[int, int] = (0, 1),
+    pinned: bool = False,
 ) -> Iterator[str]:
     """Collect what is missing, yielding one line of progress at a time.
 
@@ -253,6 +265,7 @@ def collect(
       notes: by task, what else its data card shall hold.
       part: (i, n) collects every n-th episode from the i-th on, as one of n machines does. Nothing
         is merged then: that is left to a call without it, once all parts lie in the folder.
+      pinned: as in `worker_pool`.
     """
     first, step = part
     if not 0 <= first < step:
@@ -270,7 +283,7 @@ def collect(
     total, left = sum(map(len, mine.values())), sum(map(len, missing.values()))
     yield f"collecting {left} of {total} episodes of {len(todo)} tasks"
     begin, wanted, skipped = time.perf_counter(), left, {}
-    with worker_pool(workers) as pool:
+    with worker_pool(workers, pinned) as pool:
         pending: dict[concurrent.futures.Future, Collection] = {}
         chunks_left = {}
 
@@ -282,7 +295,7 @@ def collect(
             chunks = [missing[c][i : i + CHUNK] for i in range(0, len(missing[c]), CHUNK)]
             chunks_left[c] = len(chunks)
             for chunk in chunks:
-                pending[pool.submit(_collect_chunk, c, chunk)] = c
+                pending[pool.submit(c.gather, chunk)] = c
             if not chunks:
                 merge(c)
         while pending:

@@ -196,6 +196,12 @@ class DataConfig(Settings):
       validation_fraction: share of each task's episodes, rounded down, that training never sees
         and the validation loss is measured on.
       prompt_fraction: share of sequences that start with a prompt (25 % in the paper).
+      prompt_ends: share of these whose prompt is the end of an episode (half in the paper); the
+        others are from anywhere in one.
+      inputs: whose actions stand in the sequences: the "expert"'s, or those that were "executed",
+        noise and another agent's included. What is predicted is the expert's (`Tokenizer`).
+      practice: demonstrations in which an agent led part of the way and the expert said what it
+        would have done (`dagger`): the agent's run or folder, and how many a task, by domain.
       text_loss: whether text observations count in the loss, as in the paper.
       vocabulary_size: SentencePiece pieces; 32000 is the vendored model, less is trained on the
         run's own text.
@@ -239,9 +245,18 @@ class DataConfig(Settings):
     tell_return: tuple[str, ...] = ()
     blind: bool = False
     goals_aside: bool = False
+    prompt_ends: float = 0.5
+    inputs: str = "expert"
+    practice: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        practice = [(str(a), tuple((str(d), int(n)) for d, n in of)) for a, of in self.practice]
+        object.__setattr__(self, "practice", tuple(practice))
+        counts = [n for _, of in practice for _, n in of]
+        self._require(all(n > 0 for n in counts), "practice: numbers of episodes must be positive")
+        self._require(0 <= self.prompt_ends <= 1, "prompt_ends must lie in [0, 1]")
+        _one_of(self, "inputs", ("expert", "executed"))
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "documents", tuple(self.documents))
         object.__setattr__(self, "imports", tuple(self.imports))

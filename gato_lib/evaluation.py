@@ -98,8 +98,8 @@ class Evaluation:
 
         `watch` is called before each step and after the last, with those that are played.
         """
-        agent = _made(self.make_agent).for_domain(domains.TASKS[lanes[0][0]].domain)
-        with _environments(tuple(task for task, _ in lanes)) as envs:
+        agent = made(self.make_agent).for_domain(domains.TASKS[lanes[0][0]].domain)
+        with environments(tuple(task for task, _ in lanes)) as envs:
             seeds = [episode_seed(task, self.seed, index) for task, index in lanes]
             begun = [env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)]
             playing = [Lane(*lane, env, o) for lane, env, o in zip(lanes, envs, begun, strict=True)]
@@ -134,18 +134,18 @@ class Evaluation:
     def _prompt(self, agent: Agent, tokenizer: Tokenizer, lane: Lane, seed: int) -> Prompt | None:
         if self.prompt == "none":
             return None
-        known = _demonstrated(self.demonstrations, lane.task)
+        known = demonstrated(self.demonstrations, lane.task)
         return agent.prompt(tokenizer, known[seed % len(known)], self.prompt, lane.observation)
 
 
 # Kept from one batch to the next, in each process.
-_made = functools.lru_cache(maxsize=1)(lambda make_agent: make_agent())
-_demonstrated = functools.lru_cache(maxsize=8)(lambda demonstrations, task: demonstrations(task))
+made = functools.lru_cache(maxsize=1)(lambda make_agent: make_agent())
+demonstrated = functools.lru_cache(maxsize=8)(lambda demonstrations, task: demonstrations(task))
 _idle: dict[str, list[Any]] = {}
 
 
 @contextlib.contextmanager
-def _environments(tasks: Sequence[str]) -> Iterator[list[Any]]:
+def environments(tasks: Sequence[str]) -> Iterator[list[Any]]:
     """An environment for each task, a task coming several times; idle ones are used again."""
     for task in set(_idle) - set(tasks):
         for env in _idle.pop(task):

@@ -166,7 +166,8 @@ class Group:
       num_targets: K, of a row.
       num_patches: Q, distinct patches as a rule, by the number of rows that share them.
       packed: whether a row goes on with further windows where one ends early.
-      text_loss: whether text counts in the loss. prompt_fraction: share of windows with a prompt.
+      text_loss: whether text counts in the loss. prompt_fraction: share of windows with a prompt;
+        prompt_ends: share of these that have an episode's end.
       parallel: whether actions are zeroed as inputs.
       pairs: documents that make a row, joined and then padded or cropped; 0 is one window.
       sizes: how often each task is drawn, in proportion; None is all alike.
@@ -182,6 +183,7 @@ class Group:
     packed: bool = False
     text_loss: bool = True
     prompt_fraction: float = 0.0
+    prompt_ends: float = 0.5
     parallel: bool = False
     pairs: int = 0
     sizes: dict[str, int] | None = None
@@ -235,6 +237,7 @@ def build_group(
         step = int(ends[-1])
     group = Group(name, seq, tasks)
     group.text_loss, group.prompt_fraction = config.text_loss, config.prompt_fraction
+    group.prompt_ends = config.prompt_ends
     group.parallel = name in config.parallel_actions
     group.length, padding = _best_length(group, config, longest)
     if padding > PACK_ABOVE:
@@ -381,10 +384,11 @@ def _spans(
 ) -> list[tuple[int, int]]:
     """A window around a step, with a prompt in front of it in `prompt_fraction` of cases (2.3).
 
-    A prompt is whole steps of another episode of the task, at most half of the room: half of them
-    from the episode's end, half from anywhere. The window is as many whole steps as fit, with the
-    anchor anywhere in it, moved back inside the episode at its end: an episode's last steps, which
-    earn the reward, are seen nearly as often as others. Empty where the step does not fit.
+    A prompt is whole steps of another episode of the task, at most half of the room: `prompt_ends`
+    of them from the episode's end, the others from anywhere. The window is as many whole steps as
+    fit, with the anchor anywhere in it, moved back inside the episode at its end: an episode's last
+    steps, which earn the reward, are seen nearly as often as others. Empty where the step does not
+    fit.
     """
     offsets = group.seq.offsets
     index = int(np.searchsorted(task.episodes[:, 1], anchor, side="right"))
@@ -397,7 +401,7 @@ def _spans(
     if others > 0 and rng.random() < prompt_fraction:
         other = int(rng.integers(others))
         start, last = task.seen[other + (other >= index)]
-        if rng.random() >= 0.5:
+        if rng.random() >= group.prompt_ends:
             last = int(rng.integers(start, last)) + 1  # anywhere; otherwise the episode's end
         room = min(budget // 2, budget - step)
         first = max(start, int(np.searchsorted(offsets, offsets[last] - room)))

@@ -47,6 +47,7 @@ ACTION_POSITION = LOCAL_POSITIONS
 NO_POSITION = -1  # the separator, and documents, which have no timesteps
 PADDING_POSITION = -2
 RETURN = "return"  # what `Tokenizer.tell_return` tells
+INPUTS = ("expert", "executed")  # whose actions stand in a sequence
 NO_ID = -1  # an input whose token is not told: its vector is zero
 
 TEXT, IMAGE, DISCRETE, CONTINUOUS, SEPARATOR, ACTION, PAD, GIVEN = range(8)
@@ -351,6 +352,8 @@ class TokenSequence:
       intervals: int32 (L, 4), patch intervals; zeros elsewhere.
       patches: uint8 (P, 16, 16, 3), distinct patches only.
       offsets: int64 (T + 1,), where each timestep's tokens start; the last one is L.
+      targets: int32 (L,), what is to be predicted at each token, where that may differ from what
+        stands there (`Tokenizer.inputs`); None where it is `ids`.
     """
 
     ids: np.ndarray
@@ -360,6 +363,7 @@ class TokenSequence:
     intervals: np.ndarray
     patches: np.ndarray
     offsets: np.ndarray
+    targets: np.ndarray | None = None
 
     @property
     def steps(self) -> int:
@@ -379,7 +383,11 @@ class Tokenizer:
     """Tokenizes the observations and actions of one environment's spaces.
 
     With `tell_return` the last observation of every timestep is one value in [0, 1]: the episode's
-    score as a share of the best, and the best while acting (5.3).
+    score as a share of the best, and the best while acting (5.3). `inputs` says which actions stand
+    in an episode's sequence: the "expert"'s, which are also the targets, or those "executed", as in
+    a history that the agent has made itself; the targets are the expert's all the same.
+
+    Raises ValueError for other `inputs`.
     """
 
     observation_space: gym.Space
@@ -387,6 +395,11 @@ class Tokenizer:
     text: tokenizers.TextTokenizer | None = None
     discrete_range: str = "shared"
     tell_return: bool = False
+    inputs: str = "expert"
+
+    def __post_init__(self) -> None:
+        if self.inputs not in INPUTS:
+            raise ValueError(f"inputs is {self.inputs!r}, expected one of {INPUTS}")
 
     @functools.cached_property
     def action_spec(self) -> ActionSpec:
@@ -398,7 +411,13 @@ class Tokenizer:
         `share` is what `tell_return` tells.
         """
         leaves = {k: v[: episode.steps] for k, v in flatten(episode.observations).items()}
-        return self._sequence(leaves, self.action_spec.encode(episode.actions), share)
+        expert = self.action_spec.encode(episode.actions)
+        if self.inputs == "expert":
+            return self._sequence(leaves, expert, share)
+        seq = self._sequence(leaves, self.action_spec.encode(episode.executed), share)
+        seq.targets = seq.ids.copy()
+        seq.targets[seq.kinds == ACTION] = expert.ravel()
+        return seq
 
     def steps(self, observations: Sequence[Any], action_ids: np.ndarray) -> TokenSequence:
         """Timesteps given one by one, with action ids (T, num_tokens), as when acting."""
@@ -605,7 +624,12 @@ def concatenate(sequences: Sequence[TokenSequence]) -> TokenSequence:
     if len(patches):
         patches, index = _distinct(patches)
         patch = np.where(patch >= 0, index[patch], -1)
+    targets = None
+    if any(s.targets is not None for s in sequences):
+        parts = [s.ids if s.targets is None else s.targets for s in sequences]
+        targets = np.concatenate(parts)
     return TokenSequence(
+        targets=targets,
         ids=np.concatenate([s.ids for s in sequences]),
         kinds=np.concatenate([s.kinds for s in sequences]),
         local=np.concatenate([s.local for s in sequences]),
@@ -718,7 +742,8 @@ def make_batch(
     target_ids = np.zeros((b, num_targets), np.int32)
     weights = np.zeros((b, num_targets), np.float32)
     positions[rows_, slots] = cols_ - 1
-    target_ids[rows_, slots] = ids[rows_, cols_]
+    wanted = ids if seq.targets is None else at(seq.targets, 0)
+    target_ids[rows_, slots] = wanted[rows_, cols_]
     weights[rows_, slots] = 1.0
     continuous = (target_ids >= tokenizers.CONTINUOUS_START) & (target_ids < tokenizers.SEPARATOR)
     modality = np.where(continuous, 2, 1).astype(np.int32)

@@ -52,6 +52,7 @@ from gato_lib.config import (
     model_config,
     source_digest,
 )
+from gato_lib.dagger import Practice
 from gato_lib.embedding import check_text
 from gato_lib.episodes import DataError, Document, Episode, flatten, is_text, select
 from gato_lib.evaluation import (
@@ -213,6 +214,7 @@ def data_config(
     mixture: str,
     imports: Sequence[dict[str, Any]] = (),
     documents: str = "",
+    practice: Sequence[dict[str, Any]] = (),
     **settings: Any,
 ) -> DataConfig:
     """Data settings from a notebook's parameters, with the texts among them taken apart.
@@ -220,6 +222,13 @@ def data_config(
     Raises ConfigError for what is unknown or does not fit.
     """
     chosen, sets = select_tasks(tasks), select_documents(documents)
+    led = []
+    for fields in practice:
+        if not isinstance(fields, dict) or set(fields) != {"learner", "episodes"}:
+            raise ConfigError(f"practice: {fields!r}, expected learner (a run) and episodes")
+        named = [item.strip().rpartition(" ")[0] for item in fields["episodes"].split(",")]
+        own = [t for t in chosen if t.split("/")[0] in named or "others" in named]
+        led.append((fields["learner"], episodes_by_domain(fields["episodes"], own)))
     recorded: list[importing.Source] = []
     written: list[importers.Source] = []
     for fields in imports:
@@ -247,6 +256,7 @@ def data_config(
         weights=mixture_weights(mixture, sorted(present)),
         imports=tuple(s.text for s in recorded),
         documents=sets + tuple(s.text for s in written),
+        practice=tuple(led),
         **settings,
     )
 
@@ -308,6 +318,38 @@ def collections(
     ]
 
 
+def practices(run: Run, config: DataConfig) -> list[Practice]:
+    """What `config` asks to be collected with an agent in the lead.
+
+    Raises ConfigError where that agent is not there.
+    """
+    wanted = []
+    for learner, episodes in config.practice:
+        folder = generalist_in(learner, run)
+        home = Run.of(learner, run)
+        step, counts = checkpoint_step(folder), dict(episodes)
+        tasks = tuple(t for t in config.tasks if t.split("/")[0] in counts)
+        prompts = prompts_for(home, folder, "end", tasks)
+        for task in tasks:
+            # A mean of what may be done either way is neither (`LOG`: stacking).
+            how = "sample" if task.startswith("rgb_stacking") else "mean"
+            choices = (("continuous", how), ("keep", 1.0))
+            wanted.append(
+                Practice(
+                    str(run.data),
+                    task,
+                    counts[task.split("/")[0]],
+                    (),
+                    config.seed,
+                    learner=folder.name,
+                    make_agent=Loader(str(folder), choices=choices, step=step),
+                    demonstrations=prompts,
+                    goals_aside=config.goals_aside,
+                )
+            )
+    return wanted
+
+
 @dataclasses.dataclass
 class Prepared:
     """Collected data, ready to train on."""
@@ -328,7 +370,7 @@ def collect(
     references of their tasks: random and expert, with n and 95 % intervals. What could not be
     collected or imported, and why, is in the DataError at the end; the rest is there.
     """
-    wanted = collections(run, config, held_out)
+    wanted = [*collections(run, config, held_out), *practices(run, config)]
     todo = [c for c in wanted if not c.done]
     notes, size = {}, 0.0
     references = read_references(results.COMMITTED / "references.csv") if todo else pd.DataFrame()
@@ -343,7 +385,8 @@ def collect(
         print(f"about {size / 1e9:.2g} GB of disk, twice that while a task is merged")
     progress, problems = Progress(), []
     try:
-        for line in collection.collect(wanted, notes=notes, part=part):
+        pinned = bool(config.practice)
+        for line in collection.collect(wanted, notes=notes, part=part, pinned=pinned):
             progress(line, done=line.startswith("skipping") or line.endswith("tasks collected"))
     except DataError as error:
         problems.append(str(error))
@@ -435,6 +478,15 @@ def prepare(
         spaces[item.task] = env.observation_space, env.action_space
         env.close()
         cards.append(card)
+    content = {}
+    for item in practices(run, config):
+        progress(f"reading {item.task}, led by {item.learner}")
+        led = collection.load(item)[0]
+        # First, so that what is held out for validation is of the expert alone.
+        episodes[item.task] = [*led, *episodes[item.task]]
+        content["practice"] = hashlib.sha256(
+            (content.get("practice", "") + item.folder.name).encode()
+        ).hexdigest()[:8]
     for source in sources(config):
         recording, card = importing.load(source, str(run.data))
         episodes[card["task"]] = recording.episodes
@@ -443,7 +495,6 @@ def prepare(
     with distributed.writer_first("text"):
         text = pieces or _text_tokenizer(run, config, episodes, sets)
     groups: dict[str, dict[str, list[TokenSequence]]] = {}
-    content = {}
     if config.goals_aside:
         content["goals aside"] = source_digest("set_aside.py")[:8]
     if pieces:  # they decide the ids as imported data does
@@ -453,7 +504,7 @@ def prepare(
         kept = episodes.pop(task)  # images take gigabytes: of each task, not of all, there are two
         name = task.split("/")[0]
         tell = name in config.tell_return
-        tokenizer = Tokenizer(*spaces[task], text, config.discrete_range, tell)
+        tokenizer = Tokenizer(*spaces[task], text, config.discrete_range, tell, config.inputs)
         shares = _shares(kept) if tell else [1.0] * len(kept)
         try:
             tokens = [tokenizer.episode(e, s) for e, s in zip(kept, shares, strict=True)]
@@ -709,6 +760,7 @@ def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices:
         meta.get("lengths"),
         data.parallel_actions,
         data.tell_return,
+        data.inputs,
         **choices,
     )
 
@@ -803,6 +855,15 @@ def find_agent(run: Run, name: str) -> pathlib.Path | None:
     return folder if (folder / "meta.json").is_file() else None
 
 
+def generalist_in(folder: str, run: Run) -> pathlib.Path:
+    """Folder of the generalist of another run. Raises ConfigError where there is none."""
+    home = Run.of(folder, run)
+    found = find_agent(home, "generalist")
+    if found is None:
+        raise ConfigError(f"{home}: no agent 'generalist' there; run 04_training there first")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainedOn:
     """What the agent in a folder was trained on, and how."""
@@ -864,7 +925,8 @@ def demonstrations(run: Run, config: DataConfig) -> Demonstrations:
     They are collected where they are missing, as after a change of the code that makes them: an
     agent outlives its data.
     """
-    collect(run, dataclasses.replace(config, imports=()))  # which are never played
+    # What is imported or led by an agent is no prompt.
+    collect(run, dataclasses.replace(config, imports=(), practice=()))
     return Demonstrations(run, config)
 
 
@@ -1154,6 +1216,7 @@ class FineTuning:
                 lengths,
                 self.data.parallel_actions,
                 self.data.tell_return,
+                self.data.inputs,
                 continuous=self.continuous,
             )
             how = Evaluation(lambda: agent, 0)

@@ -22,7 +22,7 @@ from gato_lib import tokenizers as tk
 from gato_lib.agent import Agent
 from gato_lib.config import ConfigError, TrainConfig, model_config
 from gato_lib.embedding import table_row
-from gato_lib.episodes import DataError, select
+from gato_lib.episodes import DataError, select, stack_observations
 from gato_lib.evaluation import Evaluation, batches, rollouts
 from gato_lib.latency import full_pass
 from gato_lib.training import graph_of, initial_state, merge
@@ -113,6 +113,26 @@ def test_cached_equals_uncached_over_episodes_longer_than_the_context(
             np.testing.assert_allclose(player.log_p[row], full_pass(player, row), atol=2e-4)
     assert np.max(lengths) <= 150 and len(np.unique(lengths)) > 2
     assert lengths[0][0] * len(lengths) > 1.5 * 150, "no longer than the context"
+
+
+@pytest.mark.parametrize("name", ["metaworld/drawer-close", "everything"])
+def test_an_action_executed_instead_is_what_is_remembered(make_agent, demonstrations, name):
+    """Every other action is another's: the next choice is that of a pass over what was executed."""
+    env, observations = spaces_and_observations(name, 9, demonstrations)
+    agent = make_agent(context=150, keep=0.5)
+    tokenizer = agent.tokenizer(env)
+    player = agent.player(tokenizer, [0, 1])
+    env.action_space.seed(0)
+    for step, observation in enumerate(observations):
+        player.act([observation, observation])
+        for row in range(2):
+            np.testing.assert_allclose(player.log_p[row], full_pass(player, row), atol=2e-4)
+        if step % 2 == 0:
+            action = env.action_space.sample()
+            player.executed(1, action)
+            leaves = stack_observations([action], env.action_space)
+            ids = tokenizer.action_spec.encode(leaves)[0]
+            assert player.window(1).ids[-len(ids) :].tolist() == ids.tolist()
 
 
 def test_which_steps_are_in_sight(make_agent):

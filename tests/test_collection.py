@@ -40,7 +40,7 @@ def test_collect_filter_and_load(tmp_path):
 
 def test_a_second_call_goes_on_from_the_shards(tmp_path):
     item = Collection(str(tmp_path), TASK, 3, (0.0,), 0)
-    collection._collect_chunk(item, [0, 2])
+    item.gather([0, 2])
     before = {i: item.shard(i).stat().st_mtime_ns for i in (0, 2)}
     lines = []
     for line in collection.collect([item], workers=1):
@@ -130,7 +130,7 @@ def test_seeds_of_collection_and_evaluation_never_meet():
 
 def test_bad_shards_are_named_and_kept(tmp_path):
     item = Collection(str(tmp_path), TASK, 2, (0.0,), 0)
-    collection._collect_chunk(item, [0, 1])
+    item.gather([0, 1])
     good = read_shard(item.shard(1))
     image = good.observations["image"][:, :32]
     write_shard(
@@ -151,7 +151,7 @@ def test_bad_shards_are_named_and_kept(tmp_path):
 
 def test_a_task_without_a_solved_episode_is_named(tmp_path):
     item = Collection(str(tmp_path), "metaworld/drawer-close", 1, (0.0,), 0)
-    collection._collect_chunk(item, [0])
+    item.gather([0])
     write_shard(item.shard(0), dataclasses.replace(read_shard(item.shard(0)), success=False))
     with pytest.raises(DataError, match="metaworld/drawer-close: the expert solved no episode"):
         collection._merge(item)
@@ -202,7 +202,7 @@ def test_an_expert_that_always_fails_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(domains, "make_expert", lambda task: Broken())
     item = Collection(str(tmp_path), TASK, 1, (0.0,), 0)
     with pytest.raises(ValueError, match="babyai/GoToObj: the expert failed on 20 seeds"):
-        collection._collect_chunk(item, [0])
+        item.gather([0])
 
 
 @pytest.mark.slow

@@ -110,6 +110,20 @@ def test_batch(tokens):
     assert sq.count_tokens(batch) == 9 + 19
 
 
+def test_executed_actions_are_read_and_the_experts_predicted(episode, tokens):
+    """Executed were zeros, bin 512 of 1,024: id 32512; the expert's ids are those of `IDS`."""
+    seen = sq.Tokenizer(SPACE, ACTIONS, TwoWords(), inputs="executed").episode(episode)
+    assert seen.ids.tolist() == [*IDS[:7], 32512, 32512, *IDS[9:17], 32512, 32512]
+    assert seen.targets.tolist() == IDS and tokens.targets is None
+    joined = sq.concatenate([tokens, seen])
+    assert joined.targets.tolist() == IDS + IDS and joined.ids[:19].tolist() == IDS
+    batch = sq.make_batch(seen, [[(0, 9)], [(9, 19)]], 10, 4, 4)
+    assert batch.ids[0, 7:9].tolist() == [32512, 32512]
+    assert batch.target_ids.tolist() == [[700, 32000, 33023, 0], [700, 701, 32512, 32768]]
+    with pytest.raises(ValueError, match="inputs is 'mine', expected one of"):
+        sq.Tokenizer(SPACE, ACTIONS, inputs="mine")
+
+
 def test_packed_windows_do_not_predict_each_other(tokens):
     """The first token of a segment is no target: what stands before it is another episode's."""
     spans = [(0, 9), (9, 19)]

@@ -176,6 +176,19 @@ def test_prompts_come_from_another_episode_and_fit(text, demonstrations, context
         assert unseen > 20
 
 
+def test_prompts_of_ends_alone(text, demonstrations):
+    """`prompt_ends`: all of them, or none but by chance."""
+    for ends, least, most in ((1.0, 1.0, 1.0), (0.0, 0.0, 0.4)):
+        config = dataclasses.replace(DATA, prompt_fraction=1.0, prompt_ends=ends)
+        group = make_groups(text, demonstrations, config)[1]
+        (task,) = group.tasks.values()
+        last = group.seq.offsets[task.seen[0, 1]]
+        rows = [draw_row(group, config, np.random.default_rng(i), True) for i in range(80)]
+        prompts = [w.spans[0] for row in rows for w in row if len(w.spans) > 1]
+        assert len(prompts) > 20
+        assert least <= np.mean([b == last for _, b in prompts]) <= most
+
+
 @pytest.mark.parametrize("prompted", [0.0, 1.0])
 def test_every_step_is_seen_live(text, demonstrations, prompted):
     """With a prompt in front or not; the last step, which earns the reward, nearly as often."""

@@ -57,6 +57,9 @@ class Expert(abc.ABC):
     def reset(self, env: gym.Env) -> None:
         """Start an episode; `env` has just been reset."""
 
+    def interrupted(self) -> None:  # noqa: B027 (most have nothing to forget)
+        """Another's action was executed: what was planned to follow it does not hold."""
+
     @abc.abstractmethod
     def act(self, observation: Any, executed: Any | None) -> Any:
         """The expert's action, given what was last executed (None at the first step).

@@ -205,6 +205,9 @@ class PlanningExpert(Expert):
         )
         self._queue: list[np.ndarray] = []
 
+    def interrupted(self) -> None:
+        self._queue.clear()
+
     def act(self, observation: Any, executed: Any | None) -> np.ndarray:
         if not self._queue:
             self._queue = list(self._planner.plan(self._sim.data).astype(np.float32))

@@ -1,0 +1,177 @@
+"""Demonstrations in which the agent leads and the expert says what it would have done (DAgger).
+
+A clone of demonstrations alone never saw what its own mistakes lead to. Here an agent plays, the
+expert takes over now and then so that the task gets on, and at every step the expert's own action
+is recorded beside the one that was executed (Ross et al. 2011, "A Reduction of Imitation Learning
+... to No-Regret Online Learning"). The paper has none of it: its demonstrations were recorded while
+its experts were still learning (3.1), and so hold mistakes and what came after. README, Deviations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gato_lib import domains, set_aside
+from gato_lib.agent import Agent
+from gato_lib.collection import ATTEMPTS, Collection
+from gato_lib.config import source_digest
+from gato_lib.episodes import DataError, Episode, stack_observations, write_shard
+from gato_lib.evaluation import demonstrated, environments, made
+
+LEADS, FOLLOWS = 30, 10  # steps that the agent leads, and the expert, on average, before the other
+LED = 150  # steps that the agent leads in an episode, at most
+STEPS = 400  # an episode that is not over is cut here
+
+
+@dataclasses.dataclass(frozen=True)
+class Practice(Collection):
+    """What is collected for one task with an agent in the lead; `folder` holds it.
+
+    Attributes:
+      learner: the agent's name, which holds a digest of what it is.
+      make_agent, demonstrations: who leads, and what it is prompted with the end of, as in
+        `evaluation.Evaluation`; without demonstrations it is not prompted.
+      goals_aside: whether starts that `set_aside` names are not played.
+    """
+
+    learner: str = ""
+    make_agent: Callable[[], Agent] | None = None
+    demonstrations: Callable[[str], Sequence[Episode]] | None = None
+    goals_aside: bool = False
+
+    @property
+    def folder(self) -> pathlib.Path:
+        code = source_digest("collection.py", "episodes.py", "agent.py", "dagger.py")
+        settings = [code + domains.domain_of(self.task).code, *self.card.values()]
+        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+        return pathlib.Path(self.root) / f"{self.task.replace('/', '-')}-led-{digest}"
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What identifies it, as kept in the data set."""
+        known = super().card | {"learner": self.learner, "goals_aside": self.goals_aside}
+        return known | {"prompted": self.demonstrations is not None}
+
+    def episode_seed(self, index: int, attempt: int) -> int:
+        """Neither those of evaluation, nor of demonstrations without an agent."""
+        text = f"{self.learner} {self.task} {self.seed} {index} {attempt}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:4], "little") % 2**30
+
+    def gather(self, indices: Sequence[int]) -> int:
+        """Write the shards of `indices`, played in one batch, and return how many.
+
+        An episode in which the expert fails before its first action, or whose start is set aside,
+        is played with another seed. Raises DataError where that fails too often.
+        """
+        left = list(indices)
+        for attempt in range(ATTEMPTS):
+            seeds = [self.episode_seed(index, attempt) for index in left]
+            for index, episode in zip(list(left), self._play(seeds), strict=True):
+                if episode is not None:
+                    write_shard(self.shard(index), episode)
+                    left.remove(index)
+            if not left:
+                return len(indices)
+        raise DataError(f"{self.task}: the expert failed on {ATTEMPTS} seeds, episodes {left}")
+
+    def keep(self, episodes: Sequence[Episode], scores: Sequence[float]) -> np.ndarray:
+        """Where success is the score, solved episodes, if there are any; otherwise all.
+
+        What is imitated is what the expert says, and that does not depend on the return, half of
+        which is the agent's.
+        """
+        solved = np.array([e.success for e in episodes])
+        if domains.TASKS[self.task].metric == "success" and solved.any():
+            return solved
+        return np.ones(len(episodes), bool)
+
+    def _play(self, seeds: Sequence[int]) -> list[Episode | None]:
+        """An episode for each seed; None where there is none to be had from it."""
+        agent = made(self.make_agent).for_domain(domains.TASKS[self.task].domain)
+        with environments([self.task] * len(seeds)) as envs:
+            lanes = [_Lane(self.task, e, s) for e, s in zip(envs, seeds, strict=True)]
+            playing = [
+                lane
+                for lane in lanes
+                if not (self.goals_aside and set_aside.is_aside(self.task, lane.observations[0]))
+            ]
+            if not playing:
+                return [None] * len(lanes)
+            tokenizer, prompts = agent.tokenizer(envs[0]), None
+            if self.demonstrations is not None:
+                known = demonstrated(self.demonstrations, self.task)
+                prompts = [
+                    agent.prompt(tokenizer, known[x.seed % len(known)], "end", x.observations[0])
+                    for x in playing
+                ]
+            player = agent.player(tokenizer, [lane.seed for lane in playing], prompts)
+            while playing:
+                chosen = player.act([lane.observations[-1] for lane in playing])
+                for row, (lane, action) in enumerate(zip(playing, chosen, strict=True)):
+                    if not lane.step(action) and not lane.over:
+                        player.executed(row, lane.executed[-1])
+                left = [i for i, lane in enumerate(playing) if not lane.over]
+                if left and len(left) < len(playing):
+                    player.only(left)
+                playing = [playing[i] for i in left]
+        return [lane.episode() for lane in lanes]
+
+
+class _Lane:
+    """One episode, in which the agent leads or follows."""
+
+    def __init__(self, task: str, env: Any, seed: int):
+        self.task, self.env, self.seed = task, env, seed
+        self.observations = [env.reset(seed=seed)[0]]
+        self.actions: list[Any] = []
+        self.executed: list[Any] = []
+        self.rewards: list[float] = []
+        self.success, self.over = False, False
+        self._expert = domains.make_expert(task)
+        self._expert.reset(env)
+        self._rng = np.random.default_rng([seed, 4])
+        self._leads, self._led = True, 0
+
+    def step(self, action: Any) -> bool:
+        """Execute the agent's action, or the expert's; returns whether it was the agent's."""
+        last = self.executed[-1] if self.executed else None
+        try:
+            right = self._expert.act(self.observations[-1], last)
+        except domains.ExpertError:
+            self.over = True  # what it said until here holds
+            return True
+        if self._rng.random() < 1 / (LEADS if self._leads else FOLLOWS):
+            self._leads = not self._leads
+        leads = self._leads and self._led < LED
+        if leads:
+            self._led += 1
+            self._expert.interrupted()
+        observation, reward, terminated, truncated, info = self.env.step(action if leads else right)
+        self.observations.append(observation)
+        self.actions.append(right)
+        self.executed.append(action if leads else right)
+        self.rewards.append(float(reward))
+        self.success |= bool(info.get("success", terminated and reward > 0))
+        self.over = terminated or truncated or len(self.actions) >= STEPS
+        return leads
+
+    def episode(self) -> Episode | None:
+        if not self.actions:
+            return None
+        space = self.env.action_space
+        return Episode(
+            task=self.task,
+            observations=stack_observations(self.observations),
+            actions=stack_observations(self.actions, space),
+            executed=stack_observations(self.executed, space),
+            rewards=np.asarray(self.rewards, np.float64),
+            success=self.success,
+            seed=self.seed,
+        )
