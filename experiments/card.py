@@ -17,7 +17,7 @@ from collections import Counter
 
 import pandas as pd
 
-from gato_lib import model, plotting, results, workbook
+from gato_lib import dagger, model, plotting, results, workbook
 from gato_lib.checkpoint import read_meta
 from gato_lib.config import ModelConfig
 from gato_lib.files import write_text
@@ -33,6 +33,8 @@ def card(run: workbook.Run, name: str, rows: pathlib.Path) -> str:
     meta, trained = read_meta(folder), workbook.trained_on(folder)
     network = ModelConfig.from_dict(meta["model"])
     held_out = sorted({t.split("/")[1] for t in workbook.domains.HELD_OUT if "stacking" not in t})
+    before = meta.get("before", {"steps": 0, "tokens": 0})
+    whole = workbook.trained_before(folder)
     return TEMPLATE.read_text().format(
         date=meta["released"]["date"],
         folder=folder.name,
@@ -40,8 +42,10 @@ def card(run: workbook.Run, name: str, rows: pathlib.Path) -> str:
         width=network.width,
         depth=network.depth,
         context=trained.data.context_length,
-        steps=trained.steps,
-        tokens=pd.read_csv(folder / "metrics.csv").tokens.max() / 1e6,
+        steps=whole["steps"],
+        tokens=whole["tokens"] / 1e6,
+        last_steps=whole["steps"] - before["steps"],
+        last_tokens=(whole["tokens"] - before["tokens"]) / 1e6,
         hardware=meta["released"]["hardware"],
         megabytes=(folder / workbook.RELEASED).stat().st_size / 1e6,
         all_megabytes=sum(
@@ -51,6 +55,7 @@ def card(run: workbook.Run, name: str, rows: pathlib.Path) -> str:
         sha256=meta["released"]["sha256"],
         episodes=_episodes(folder.name, rows) or "20 or more",
         table=_data(trained.data),
+        led=dagger.LED,
         held_out=", ".join(held_out) + ", and all stacking but red on blue",
         scores=_scores(folder.name, rows),
     )
@@ -62,15 +67,16 @@ def _data(data: workbook.DataConfig) -> str:
     for document in data.documents:
         documents[document.split("/")[0]] += 1
     episodes, weights = dict(data.episodes), dict(data.weights)
+    led = Counter({domain: n for _, counts in data.practice for domain, n in counts})
     whole = sum(weights.values())
-    lines = ["| domain | tasks | demonstrations of each, before the filter | weight |"]
-    lines += ["|---|---|---|---|"]
+    lines = ["| domain | tasks | demonstrations of each, before the filter | led | weight |"]
+    lines += ["|---|---|---|---|---|"]
     for domain in plotting.in_order(weights):
         if domain in tasks:
-            many = f"{tasks[domain]} | {episodes[domain]}"
+            many = f"{tasks[domain]} | {episodes[domain]} | {led[domain] or ''}"
         else:
             sets = ", ".join(d.split("/")[1] for d in data.documents if d.startswith(f"{domain}/"))
-            many = f"{documents[domain]} sets | {sets}"
+            many = f"{documents[domain]} sets | {sets} | "
         name = plotting.DOMAIN_NAMES[domain]
         lines.append(f"| {name} | {many} | {100 * weights[domain] / whole:.0f} |")
     return "\n".join(lines)

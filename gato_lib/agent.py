@@ -67,7 +67,8 @@ class Agent:
       inputs: whose actions stood in the sequences that it was trained on (`Tokenizer`), and so in
         its prompts.
       continuous, discrete: "sample", "greedy", or, for continuous actions, "mean": the mean of the
-        bin distribution, rounded to a bin.
+        bin distribution, rounded to a bin. `continuous` may name another for some domains, as in
+        "mean, rgb_stacking sample".
       temperature: divides the logits that are sampled from.
       keep: share of the room beside the prompt that stays in the window when it is full.
       memory: so many tokens are cached in place of `context_length`, and never computed anew; 0 is
@@ -93,8 +94,13 @@ class Agent:
         keep: float = 0.5,
         memory: int = 0,
     ):
-        if continuous not in CHOICES:
-            raise ValueError(f"continuous is {continuous!r}, expected one of {CHOICES}")
+        first, *others = (item.split() for item in continuous.split(","))
+        sound = len(first) == 1 and all(len(other) == 2 for other in others)
+        if not sound or {c[-1] for c in (first, *others)} - set(CHOICES):
+            raise ValueError(
+                f"continuous is {continuous!r}, expected one of {CHOICES}, and behind it others "
+                "for some domains, as in 'mean, rgb_stacking sample'"
+            )
         if discrete not in CHOICES[:2]:
             raise ValueError(f"discrete is {discrete!r}, expected one of {CHOICES[:2]}")
         if not 0.0 < temperature < np.inf:
@@ -112,7 +118,9 @@ class Agent:
         self.parallel_domains, self.parallel = frozenset(parallel), False
         self.telling_domains, self.tell_return = frozenset(tell_return), False
         self.inputs = inputs
-        self.continuous, self.discrete, self.temperature = continuous, discrete, temperature
+        self.continuous = self._continuous = first[0]
+        self._continuous_in = dict(others)
+        self.discrete, self.temperature = discrete, temperature
         self.keep, self.memory = keep, memory
 
     def for_domain(self, domain: str) -> Agent:
@@ -121,6 +129,7 @@ class Agent:
         agent.context_length = self.lengths.get(domain, self.context_length)
         agent.parallel = domain in self.parallel_domains
         agent.tell_return = domain in self.telling_domains
+        agent.continuous = self._continuous_in.get(domain, self._continuous)
         return agent
 
     @property

@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -39,7 +39,6 @@ from gato_lib.episodes import (
     write_shard,
 )
 
-CHUNK = 10  # episodes a worker collects before it reports
 ATTEMPTS = 20  # seeds tried for an episode in which the expert fails
 
 
@@ -102,6 +101,7 @@ class Collection:
     noise: tuple[float, ...]
     seed: int
     failures: bool = False
+    chunk: ClassVar[int] = 10  # episodes a worker collects before it reports
 
     @property
     def folder(self) -> pathlib.Path:
@@ -292,7 +292,7 @@ def collect(
                 pending[pool.submit(_merge, c, (notes or {}).get(c.task, {}))] = c
 
         for c in todo:
-            chunks = [missing[c][i : i + CHUNK] for i in range(0, len(missing[c]), CHUNK)]
+            chunks = [missing[c][i : i + c.chunk] for i in range(0, len(missing[c]), c.chunk)]
             chunks_left[c] = len(chunks)
             for chunk in chunks:
                 pending[pool.submit(c.gather, chunk)] = c

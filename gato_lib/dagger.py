@@ -14,7 +14,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Practice(Collection):
     make_agent: Callable[[], Agent] | None = None
     demonstrations: Callable[[str], Sequence[Episode]] | None = None
     goals_aside: bool = False
+    chunk: ClassVar[int] = 16  # played in one batch
 
     @property
     def folder(self) -> pathlib.Path:

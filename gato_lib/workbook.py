@@ -20,6 +20,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -318,6 +319,10 @@ def collections(
     ]
 
 
+# How an agent leads. Stacking is sampled: the mean of what may be done either way is neither.
+LEADING = "mean, " + ", ".join(f"{d} sample" for d in domains.DOMAINS if "stacking" in d)
+
+
 def practices(run: Run, config: DataConfig) -> list[Practice]:
     """What `config` asks to be collected with an agent in the lead.
 
@@ -331,9 +336,7 @@ def practices(run: Run, config: DataConfig) -> list[Practice]:
         tasks = tuple(t for t in config.tasks if t.split("/")[0] in counts)
         prompts = prompts_for(home, folder, "end", tasks)
         for task in tasks:
-            # A mean of what may be done either way is neither (`LOG`: stacking).
-            how = "sample" if task.startswith("rgb_stacking") else "mean"
-            choices = (("continuous", how), ("keep", 1.0))
+            choices = (("continuous", LEADING), ("keep", 1.0))
             wanted.append(
                 Practice(
                     str(run.data),
@@ -630,8 +633,9 @@ def train_agent(
       mesh: devices to train on (`distributed.make_mesh`); None is one. Not part of the digest: a
         run can go on with another.
       watch: called with the metrics so far after each report, for live curves.
-      start: folder of the agent whose parameters are started from, which must be of this size; it
-        is named in the folder's meta.json. None starts from random ones.
+      start: folder of the agent whose parameters are started from, which must be of this size
+        and have these text pieces (ConfigError); it is named in the folder's meta.json, with what
+        it was trained for. None starts from random ones.
       tensorboard: also write the metrics to `<folder>/tensorboard`.
       cadence: `report_every` and `save_every`, as in `train`.
     """
@@ -648,7 +652,15 @@ def train_agent(
         digest += "".join(prepared.content[name][:4] for name in sorted(prepared.content))
     params = None
     if start is not None:
-        meta["start"], params = start.name, load_agent(start).params
+        agent = load_agent(start)
+        known, given = (t and t.path.read_bytes() for t in (agent.text, prepared.text))
+        if known != given:
+            raise ConfigError(
+                f"{start.name} has other text pieces: the same ids would mean other words; prepare "
+                "the data with `pieces_of` it"
+            )
+        meta["start"], params = start.name, agent.params
+        meta["before"] = trained_before(start)
         digest += hashlib.sha256(start.name.encode()).hexdigest()[:4]
     folder = run.agents / f"{name}-{digest}"
     checkpointer = Checkpointer(folder, meta | {"code": code})
@@ -855,6 +867,23 @@ def find_agent(run: Run, name: str) -> pathlib.Path | None:
     return folder if (folder / "meta.json").is_file() else None
 
 
+def trained_before(folder: pathlib.Path) -> dict[str, int]:
+    """Updates and tokens of all that the agent in a folder was trained for (0 tokens: unknown)."""
+    before = read_meta(folder).get("before", {})
+    metrics = folder / "metrics.csv"
+    tokens = int(pd.read_csv(metrics).tokens.max()) if metrics.is_file() else 0
+    return {
+        "steps": trained_on(folder).updates,
+        "tokens": tokens + before.get("tokens", 0),
+    }
+
+
+def pieces_of(folder: pathlib.Path | None) -> TextTokenizer | None:
+    """The text pieces of the agent in a folder, if it has any."""
+    path = folder and folder / "text.model"
+    return TextTokenizer(path) if path and path.is_file() else None
+
+
 def generalist_in(folder: str, run: Run) -> pathlib.Path:
     """Folder of the generalist of another run. Raises ConfigError where there is none."""
     home = Run.of(folder, run)
@@ -870,10 +899,16 @@ class TrainedOn:
 
     data: DataConfig
     train: TrainConfig
+    before: int = 0  # updates of the agent that it was started from
 
     @property
     def steps(self) -> int:
         return self.train.steps
+
+    @property
+    def updates(self) -> int:
+        """All that it was trained for, with those of the agent that it was started from."""
+        return self.before + self.train.steps
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -883,7 +918,8 @@ class TrainedOn:
 def trained_on(folder: str | os.PathLike) -> TrainedOn:
     """Settings of the data and of the training of the agent in `folder`."""
     meta = read_meta(folder)
-    return TrainedOn(DataConfig.from_dict(meta["data"]), TrainConfig.from_dict(meta["train"]))
+    data, train = DataConfig.from_dict(meta["data"]), TrainConfig.from_dict(meta["train"])
+    return TrainedOn(data, train, meta.get("before", {}).get("steps", 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1016,7 +1052,7 @@ def play(
             f"{folder.name}: trained on imports or documents alone, there is nothing to play"
         )
     step = checkpoint_step(folder, checkpoint)
-    settings = [f"{k}_{v}" for k, v in sorted(choices.items())]
+    settings = [re.sub(r"[ ,]+", "_", f"{k}_{v}") for k, v in sorted(choices.items())]
     name = "-".join(["episodes", prompt, *settings, f"step_{step}"])
     given = read_meta(folder).get("released", {}).get("prompts_sha256")
     if given and prompt != "none":  # the folder is named by the parameters alone

@@ -304,9 +304,19 @@ def test_samples_have_the_distribution_and_temperature_sharpens_it(make_agent):
     assert shares[0.25] > shares[1.0]
 
 
+def test_domains_may_choose_in_their_own_way(make_agent):
+    agent = make_agent(continuous="mean, rgb_stacking sample")
+    chosen = {d: agent.for_domain(d).continuous for d in ("metaworld", "rgb_stacking")}
+    assert chosen == {"metaworld": "mean", "rgb_stacking": "sample"}
+    assert agent.for_domain("rgb_stacking").for_domain("dmc").continuous == "mean"
+
+
 def test_bad_settings_are_refused(make_agent):
     for settings, message in (
         ({"continuous": "best"}, "continuous is 'best'"),
+        ({"continuous": "mean, atari"}, "continuous is 'mean, atari'"),
+        ({"continuous": "mean, atari best"}, "continuous is 'mean, atari best'"),
+        ({"continuous": ""}, "continuous is ''"),
         ({"discrete": "mean"}, "discrete is 'mean'"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"keep": 0.0}, "keep is 0.0"),

@@ -80,6 +80,9 @@ def test_they_are_trained_on_beside_the_experts_own(prepared, data, home):
     network = model_config("w64d2", text_rows=1024, value_rows="ordinal", stochastic_depth=0.0)
     fit = TrainConfig(steps=4, warmup_steps=1)
     start = workbook.generalist_in(str(home.root), run)
+    with pytest.raises(ConfigError, match="other text pieces"):
+        workbook.train_agent(run, "generalist", network, fit, both, start=start)
+    both = workbook.prepare(run, data, workbook.pieces_of(start))
     folder, _ = workbook.train_agent(run, "generalist", network, fit, both, start=start)
     agent = workbook.load_agent(folder)
     assert agent.inputs == "executed"

@@ -91,6 +91,7 @@ ORDER = (
     "agent",
     "cloning",
     "evaluation",
+    "dagger",
     "films",
     "aggregation",
     "scaling",

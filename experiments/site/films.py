@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER)
     parser.add_argument("--tasks", default="", help="some of its tasks; empty: all")
     parser.add_argument("--prompt", default="end", choices=["none", "start", "end"])
+    parser.add_argument("--continuous", default=workbook.LEADING, help="as in 06")
     parser.add_argument("--keep", type=float, default=1.0, help="as in 06")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     trained = workbook.trained_on(folder)
     choices = {"prompt": options.prompt, "keep": options.keep}
     shown = workbook.prompts_for(run, folder, options.prompt)
-    agent = workbook.load_agent(folder, continuous="mean", keep=options.keep)
+    agent = workbook.load_agent(folder, continuous=options.continuous, keep=options.keep)
     tasks = workbook.select_tasks(options.tasks) or trained.tasks
     for number, task in enumerate(tasks, 1):
         path = options.out / f"{task.replace('/', '-')}.mp4"
