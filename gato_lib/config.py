@@ -198,8 +198,9 @@ class DataConfig(Settings):
       prompt_fraction: share of sequences that start with a prompt (25 % in the paper).
       prompt_ends: share of these whose prompt is the end of an episode (half in the paper); the
         others are from anywhere in one.
-      inputs: whose actions stand in the sequences: the "expert"'s, or those that were "executed",
-        noise and another agent's included. What is predicted is the expert's (`Tokenizer`).
+      inputs: whose actions stand in the sequences of the domains in `practice`: the "expert"'s, or
+        those that were "executed", noise and the agent's included. What is predicted is the
+        expert's (`Tokenizer`).
       practice: demonstrations in which an agent led part of the way and the expert said what it
         would have done (`dagger`): the agent's run or folder, and how many a task, by domain.
       text_loss: whether text observations count in the loss, as in the paper.

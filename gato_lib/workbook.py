@@ -482,6 +482,7 @@ def prepare(
         env.close()
         cards.append(card)
     content = {}
+    led_domains = {domain for _, counts in config.practice for domain, _ in counts}
     for item in practices(run, config):
         progress(f"reading {item.task}, led by {item.learner}")
         led = collection.load(item)[0]
@@ -507,7 +508,9 @@ def prepare(
         kept = episodes.pop(task)  # images take gigabytes: of each task, not of all, there are two
         name = task.split("/")[0]
         tell = name in config.tell_return
-        tokenizer = Tokenizer(*spaces[task], text, config.discrete_range, tell, config.inputs)
+        # An expert that remembers more than the window shows is told by what it did before.
+        inputs = config.inputs if name in led_domains else "expert"
+        tokenizer = Tokenizer(*spaces[task], text, config.discrete_range, tell, inputs)
         shares = _shares(kept) if tell else [1.0] * len(kept)
         try:
             tokens = [tokenizer.episode(e, s) for e, s in zip(kept, shares, strict=True)]
