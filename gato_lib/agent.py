@@ -64,8 +64,8 @@ class Agent:
       parallel: domains that it was trained in with actions zeroed as inputs: there all tokens of an
         action come from one pass (App. G).
       tell_return: domains in which it was told what an episode reached: it is asked for the best.
-      inputs: whose actions stood in the sequences that it was trained on (`Tokenizer`), and so in
-        its prompts.
+      executed: domains in which the actions of the sequences that it was trained on were those
+        executed, not the expert's (`Tokenizer.inputs`): so are those of its prompts there.
       continuous, discrete: "sample", "greedy", or, for continuous actions, "mean": the mean of the
         bin distribution, rounded to a bin. `continuous` may name another for some domains, as in
         "mean, rgb_stacking sample".
@@ -86,7 +86,7 @@ class Agent:
         lengths: Mapping[str, int] | None = None,
         parallel: Collection[str] = (),
         tell_return: Collection[str] = (),
-        inputs: str = "expert",
+        executed: Collection[str] = (),
         *,
         continuous: str = "sample",
         discrete: str = "sample",
@@ -117,7 +117,7 @@ class Agent:
         self.context_length, self.lengths = context_length, dict(lengths or {})
         self.parallel_domains, self.parallel = frozenset(parallel), False
         self.telling_domains, self.tell_return = frozenset(tell_return), False
-        self.inputs = inputs
+        self.executed_domains, self.inputs = frozenset(executed), "expert"
         self.continuous = self._continuous = first[0]
         self._continuous_in = dict(others)
         self.discrete, self.temperature = discrete, temperature
@@ -129,6 +129,7 @@ class Agent:
         agent.context_length = self.lengths.get(domain, self.context_length)
         agent.parallel = domain in self.parallel_domains
         agent.tell_return = domain in self.telling_domains
+        agent.inputs = "executed" if domain in self.executed_domains else "expert"
         agent.continuous = self._continuous_in.get(domain, self._continuous)
         return agent
 

@@ -287,6 +287,12 @@ class DataConfig(Settings):
             f"vocabulary_size is {self.vocabulary_size}, expected 300 to 32000",
         )
 
+    @property
+    def executed_domains(self) -> frozenset[str]:
+        """Domains whose sequences hold the actions that were executed, for `inputs`."""
+        led = frozenset(domain for _, counts in self.practice for domain, _ in counts)
+        return led if self.inputs == "executed" else frozenset()
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Settings):

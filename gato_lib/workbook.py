@@ -482,7 +482,6 @@ def prepare(
         env.close()
         cards.append(card)
     content = {}
-    led_domains = {domain for _, counts in config.practice for domain, _ in counts}
     for item in practices(run, config):
         progress(f"reading {item.task}, led by {item.learner}")
         led = collection.load(item)[0]
@@ -509,7 +508,7 @@ def prepare(
         name = task.split("/")[0]
         tell = name in config.tell_return
         # An expert that remembers more than the window shows is told by what it did before.
-        inputs = config.inputs if name in led_domains else "expert"
+        inputs = "executed" if name in config.executed_domains else "expert"
         tokenizer = Tokenizer(*spaces[task], text, config.discrete_range, tell, inputs)
         shares = _shares(kept) if tell else [1.0] * len(kept)
         try:
@@ -775,7 +774,7 @@ def load_agent(folder: str | os.PathLike, checkpoint: str = "latest", **choices:
         meta.get("lengths"),
         data.parallel_actions,
         data.tell_return,
-        data.inputs,
+        data.executed_domains,
         **choices,
     )
 
@@ -1255,7 +1254,7 @@ class FineTuning:
                 lengths,
                 self.data.parallel_actions,
                 self.data.tell_return,
-                self.data.inputs,
+                self.data.executed_domains,
                 continuous=self.continuous,
             )
             how = Evaluation(lambda: agent, 0)

@@ -85,7 +85,9 @@ def test_they_are_trained_on_beside_the_experts_own(prepared, data, home):
     both = workbook.prepare(run, data, workbook.pieces_of(start))
     folder, _ = workbook.train_agent(run, "generalist", network, fit, both, start=start)
     agent = workbook.load_agent(folder)
-    assert agent.inputs == "executed"
+    led = agent.for_domain(TASKS[0].split("/")[0])
+    assert led.inputs == "executed"
+    assert led.for_domain("sokoban").inputs == "expert"
     # It plays, prompted by what no agent led.
     played = workbook.play(run, folder, 1, 0, lanes=1, prompt="end", tasks=TASKS[1:])
     assert len(played) == 1
