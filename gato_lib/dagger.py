@@ -23,7 +23,7 @@ from gato_lib.agent import Agent
 from gato_lib.collection import ATTEMPTS, Collection
 from gato_lib.config import source_digest
 from gato_lib.episodes import DataError, Episode, stack_observations, write_shard
-from gato_lib.evaluation import demonstrated, environments, made
+from gato_lib.evaluation import Lane, demonstrated, environments, made, play_out
 
 LEADS, FOLLOWS = 30, 10  # steps that the agent leads, and the expert, on average, before the other
 LED = 150  # steps that the agent leads in an episode, at most
@@ -97,11 +97,12 @@ class Practice(Collection):
         """An episode for each seed; None where there is none to be had from it."""
         agent = made(self.make_agent).for_domain(domains.TASKS[self.task].domain)
         with environments([self.task] * len(seeds)) as envs:
-            lanes = [_Lane(self.task, e, s) for e, s in zip(envs, seeds, strict=True)]
+            begun = [env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)]
+            lanes = [_Led(self.task, *lane) for lane in zip(seeds, envs, begun, strict=True)]
             playing = [
                 lane
                 for lane in lanes
-                if not (self.goals_aside and set_aside.is_aside(self.task, lane.observations[0]))
+                if not (self.goals_aside and set_aside.is_aside(self.task, lane.observation))
             ]
             if not playing:
                 return [None] * len(lanes)
@@ -109,70 +110,56 @@ class Practice(Collection):
             if self.demonstrations is not None:
                 known = demonstrated(self.demonstrations, self.task)
                 prompts = [
-                    agent.prompt(tokenizer, known[x.seed % len(known)], "end", x.observations[0])
+                    agent.prompt(tokenizer, known[x.index % len(known)], "end", x.observation)
                     for x in playing
                 ]
-            player = agent.player(tokenizer, [lane.seed for lane in playing], prompts)
-            while playing:
-                chosen = player.act([lane.observations[-1] for lane in playing])
-                for row, (lane, action) in enumerate(zip(playing, chosen, strict=True)):
-                    if not lane.step(action) and not lane.over:
-                        player.executed(row, lane.executed[-1])
-                left = [i for i, lane in enumerate(playing) if not lane.over]
-                if left and len(left) < len(playing):
-                    player.only(left)
-                playing = [playing[i] for i in left]
+            play_out(agent.player(tokenizer, [x.index for x in playing], prompts), playing)
         return [lane.episode() for lane in lanes]
 
 
-class _Lane:
-    """One episode, in which the agent leads or follows."""
+class _Led(Lane):
+    """An episode, with its seed as `index`, in which the agent leads or the expert does."""
 
-    def __init__(self, task: str, env: Any, seed: int):
-        self.task, self.env, self.seed = task, env, seed
-        self.observations = [env.reset(seed=seed)[0]]
-        self.actions: list[Any] = []
-        self.executed: list[Any] = []
-        self.rewards: list[float] = []
-        self.success, self.over = False, False
+    def __init__(self, task: str, seed: int, env: Any, observation: Any):
+        super().__init__(task, seed, env, observation)
+        self._observations = [observation]
+        self._actions: list[Any] = []
+        self._executed: list[Any] = []
         self._expert = domains.make_expert(task)
         self._expert.reset(env)
         self._rng = np.random.default_rng([seed, 4])
         self._leads, self._led = True, 0
 
-    def step(self, action: Any) -> bool:
-        """Execute the agent's action, or the expert's; returns whether it was the agent's."""
-        last = self.executed[-1] if self.executed else None
+    def step(self, action: Any) -> Any:
+        last = self._executed[-1] if self._executed else None
         try:
-            right = self._expert.act(self.observations[-1], last)
+            right = self._expert.act(self.observation, last)
         except domains.ExpertError:
             self.over = True  # what it said until here holds
-            return True
+            return action
         if self._rng.random() < 1 / (LEADS if self._leads else FOLLOWS):
             self._leads = not self._leads
         leads = self._leads and self._led < LED
         if leads:
             self._led += 1
             self._expert.interrupted()
-        observation, reward, terminated, truncated, info = self.env.step(action if leads else right)
-        self.observations.append(observation)
-        self.actions.append(right)
-        self.executed.append(action if leads else right)
-        self.rewards.append(float(reward))
-        self.success |= bool(info.get("success", terminated and reward > 0))
-        self.over = terminated or truncated or len(self.actions) >= STEPS
-        return leads
+        executed = super().step(action if leads else right)
+        self._observations.append(self.observation)
+        self._actions.append(right)
+        self._executed.append(executed)
+        self.over |= len(self._actions) >= STEPS
+        return executed
 
     def episode(self) -> Episode | None:
-        if not self.actions:
+        if not self._actions:
             return None
         space = self.env.action_space
         return Episode(
             task=self.task,
-            observations=stack_observations(self.observations),
-            actions=stack_observations(self.actions, space),
-            executed=stack_observations(self.executed, space),
+            observations=stack_observations(self._observations),
+            actions=stack_observations(self._actions, space),
+            executed=stack_observations(self._executed, space),
             rewards=np.asarray(self.rewards, np.float64),
             success=self.success,
-            seed=self.seed,
+            seed=self.index,
         )

@@ -57,11 +57,38 @@ class Lane:
     success: bool = False
     over: bool = False
 
-    def step(self, action: Any) -> None:
+    def step(self, action: Any) -> Any:
+        """Execute the player's action, or another, and return which."""
         self.observation, reward, terminated, truncated, info = self.env.step(action)
         self.rewards.append(float(reward))
         self.success |= bool(info.get("success", terminated and reward > 0))
         self.over = terminated or truncated
+        return action
+
+
+def play_out(
+    player: Any,
+    lanes: Sequence[Lane],
+    watch: Callable[[Sequence[Lane]], None] = lambda lanes: None,
+) -> None:
+    """Play lanes, the rows of `player`, to their ends.
+
+    It is told of every action that was executed in place of its own. `watch` is called before each
+    step and after the last, with those that are played.
+    """
+    playing = list(lanes)
+    watch(playing)
+    while playing:
+        chosen = player.act([lane.observation for lane in playing])
+        for row, (lane, action) in enumerate(zip(playing, chosen, strict=True)):
+            executed = lane.step(action)
+            if executed is not action and not lane.over:
+                player.executed(row, executed)
+        watch(playing)
+        left = [i for i, lane in enumerate(playing) if not lane.over]
+        if left and len(left) < len(playing):
+            player.only(left)
+        playing = [playing[i] for i in left]
 
 
 EPISODE_COLUMNS = ("task", "seed", "index", "score", "success", "steps")
@@ -96,29 +123,19 @@ class Evaluation:
     ) -> list[dict[str, Any]]:
         """Play a batch of episodes to their ends: a row for each (`EPISODE_COLUMNS`).
 
-        `watch` is called before each step and after the last, with those that are played.
+        `watch` is `play_out`'s.
         """
         agent = made(self.make_agent).for_domain(domains.TASKS[lanes[0][0]].domain)
         with environments(tuple(task for task, _ in lanes)) as envs:
             seeds = [episode_seed(task, self.seed, index) for task, index in lanes]
             begun = [env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)]
             playing = [Lane(*lane, env, o) for lane, env, o in zip(lanes, envs, begun, strict=True)]
-            everyone, tokenizer = list(playing), agent.tokenizer(envs[0])
+            tokenizer = agent.tokenizer(envs[0])
             prompts = [
                 self._prompt(agent, tokenizer, lane, s)
                 for lane, s in zip(playing, seeds, strict=True)
             ]
-            player = agent.player(tokenizer, seeds, prompts)
-            watch(playing)
-            while playing:
-                actions = player.act([lane.observation for lane in playing])
-                for lane, action in zip(playing, actions, strict=True):
-                    lane.step(action)
-                watch(playing)
-                left = [i for i, lane in enumerate(playing) if not lane.over]
-                if left and len(left) < len(playing):
-                    player.only(left)
-                playing = [playing[i] for i in left]
+            play_out(agent.player(tokenizer, seeds, prompts), playing, watch)
         return [
             {
                 "task": lane.task,
@@ -128,7 +145,7 @@ class Evaluation:
                 "success": lane.success,
                 "steps": len(lane.rewards),
             }
-            for lane in everyone
+            for lane in playing
         ]
 
     def _prompt(self, agent: Agent, tokenizer: Tokenizer, lane: Lane, seed: int) -> Prompt | None:
