@@ -1,4 +1,4 @@
-"""DM Control: the suite unchanged, seeds, images, randomised physics, and the planner."""
+"""DM Control: the suite unchanged, seeds, images, randomised physics, and the experts."""
 
 from __future__ import annotations
 
@@ -149,8 +149,8 @@ def test_the_model_has_the_factors_and_its_masses_follow():
 
 
 def test_the_planner_plans_in_the_randomised_model():
-    env = DOMAINS["dmc_random_large"].make_env("reacher-easy")
-    expert = DOMAINS["dmc_random_large"].make_expert("reacher-easy")
+    env = DOMAINS["dmc_random_large"].make_env("point_mass-easy")
+    expert = DOMAINS["dmc_random_large"].make_expert("point_mass-easy")
     observation, _ = env.reset(seed=1)
     expert.reset(env)
     assert expert._planner._model is env.unwrapped.model
@@ -248,14 +248,15 @@ def test_planned_rewards_are_the_tasks_own(name, reward):
     np.testing.assert_allclose(reward(t)[0], scores, atol=1e-9)
 
 
-def test_planning_expert_beats_random_and_repeats_itself():
-    env, expert = STATE.make_env("reacher-easy"), STATE.make_expert("reacher-easy")
+@pytest.mark.parametrize("name", ["point_mass-easy", "reacher-easy"])
+def test_experts_beat_random_and_repeat_themselves(name):
+    env, expert = STATE.make_env(name), STATE.make_expert(name)
 
     def episode(act) -> tuple[float, np.ndarray]:
         observation, _ = env.reset(seed=4)
         expert.reset(env)
         total, actions, last = 0.0, [], None
-        for _ in range(120):
+        for _ in range(250):
             last = act(observation, last)
             observation, reward, *_ = env.step(last)
             total += reward
@@ -285,3 +286,53 @@ def test_planner_reads_the_state_and_does_not_change_it():
     np.testing.assert_array_equal(
         expert._planner._state[1 : 1 + env.unwrapped.model.nq], env.unwrapped.data.qpos
     )
+
+
+# --- feedback ---
+
+FED_BACK = [
+    f"{domain}/{name}"
+    for domain in DOMAINS
+    for name in names(domain)
+    if isinstance(DOMAINS[domain].make_expert(name), dmc.FeedbackExpert)
+]
+
+
+@pytest.mark.parametrize("task", FED_BACK)
+def test_feedback_solves_whole_episodes(task):
+    """Also with noise in what is executed, and in other physics than it was made for."""
+    domain, name = task.split("/")
+    env, expert = DOMAINS[domain].make_env(name), DOMAINS[domain].make_expert(name)
+    rng = np.random.default_rng(0)
+    observation, _ = env.reset(seed=1)
+    expert.reset(env)
+    total = 0.0
+    for _ in range(dmc.STEPS):
+        action = expert.act(observation, None)
+        assert env.action_space.contains(action)
+        action = DOMAINS[domain].perturb(action, 0.1, env, rng)
+        observation, reward, *_ = env.step(action)
+        total += reward
+    assert total > 700
+    env.close()
+
+
+def test_feedback_is_told_by_the_state_alone():
+    """The same in an episode that came to a state and in one that starts there."""
+    env, expert = STATE.make_env("ball_in_cup-catch"), STATE.make_expert("ball_in_cup-catch")
+    observation, _ = env.reset(seed=0)
+    expert.reset(env)
+    for _ in range(20):
+        observation, *_ = env.step(expert.act(observation, None))
+    other, again = STATE.make_env("ball_in_cup-catch"), STATE.make_expert("ball_in_cup-catch")
+    other.reset(seed=5)
+    again.reset(other)
+    other.unwrapped.data.qpos[:] = env.unwrapped.data.qpos
+    other.unwrapped.data.qvel[:] = env.unwrapped.data.qvel
+    action = expert.act(observation, None)
+    np.testing.assert_array_equal(action, again.act(None, None))
+    assert np.abs(action).max() > 0
+    # Mirrored, sideways controls turn around and the others stay.
+    other.unwrapped.data.qpos[[0, 2]] *= -1
+    other.unwrapped.data.qvel[[0, 2]] *= -1
+    np.testing.assert_allclose(again.act(None, None), action * [-1, 1], atol=1e-6)
