@@ -365,6 +365,13 @@ class Suite(gym.Env):
             self._renderer.close()
 
 
+# What feedback uses that is not observed: from state, where the physics stays, nothing.
+_BESIDES = {
+    "dmc_pixels": "the simulator's state",
+    **dict.fromkeys(SPREADS, "how long the bodies are that were drawn"),
+}
+
+
 def _domain(
     name: str, tasks: tuple[str, ...], make_env: Callable[[str], gym.Env], *sources: str
 ) -> Domain:
@@ -383,7 +390,7 @@ def _domain(
                 else "feedback from the simulator's state",
                 sees="the simulator's full state and physics, and its future"
                 if planned[task]
-                else "the simulator's full state",
+                else _BESIDES.get(name, ""),
             )
             for task in tasks
         },
