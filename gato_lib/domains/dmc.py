@@ -101,6 +101,8 @@ def _fish_upright(t: Trajectories) -> np.ndarray:
 
 # --- Feedback: controls from the state at the moment. ---
 
+Control = Callable[[Any, Any], np.ndarray]  # of MuJoCo's model and data
+
 
 def _reach(model: Any, data: Any) -> np.ndarray:
     """Turn both joints to where the finger meets the target, whichever way is the shorter."""
@@ -133,9 +135,11 @@ def _swing_up(model: Any, data: Any) -> np.ndarray:
 # from it; how fast the cup, and the ball from it, are moving, each sideways and upwards; and a
 # constant. Found by the cross-entropy method: 25 rounds of 60 draws, three episodes of 300 steps
 # each, from standard normal numbers on.
-_CATCH = (
-    (-0.26, -0.7, -0.96, 2.78, -0.65, 0.35, -1.0, 0.87, 0.74),
-    (-1.22, 2.85, -0.57, -0.46, 0.52, 1.28, -0.65, -1.18, 2.35),
+_CATCH = np.array(
+    [
+        [-0.26, -0.7, -0.96, 2.78, -0.65, 0.35, -1.0, 0.87, 0.74],
+        [-1.22, 2.85, -0.57, -0.46, 0.52, 1.28, -0.65, -1.18, 2.35],
+    ]
 )
 
 
@@ -146,13 +150,13 @@ def _catch(model: Any, data: Any) -> np.ndarray:
     side = np.array([1.0 if ball[0] >= cup[0] else -1.0, 1.0])
     pairs = [5 * data.qpos[:2], 5 * (ball - cup), data.qvel[:2], data.qvel[2:] - data.qvel[:2]]
     state = np.concatenate([*(side * pair for pair in pairs), [1.0]])
-    return side * (np.array(_CATCH) @ state).clip(-1, 1)
+    return side * (_CATCH @ state).clip(-1, 1)
 
 
 class FeedbackExpert(Expert):
     """Plays a function of the simulation's model and state, clipped to what controls can be."""
 
-    def __init__(self, control: Callable[[Any, Any], np.ndarray]):
+    def __init__(self, control: Control):
         self._control = control
 
     def reset(self, env: gym.Env) -> None:
@@ -174,7 +178,7 @@ _BALANCE = Planning(
     spacing=10,
     fresh=0.1,
 )
-_EXPERTS: dict[str, Planning | Callable[[Any, Any], np.ndarray]] = {
+_EXPERTS: dict[str, Planning | Control] = {
     "reacher-easy": _reach,
     "reacher-hard": _reach,
     "point_mass-easy": Planning(_point_mass, horizon=40, samples=24),
@@ -372,10 +376,24 @@ _BESIDES = {
 }
 
 
+def _who_plays(domain: str, task: str) -> dict[str, str]:
+    """Fields of the task's `TaskSpec`."""
+    if isinstance(_EXPERTS[task], Planning):
+        return {
+            "expert": "sampling model-predictive control in the simulator's own model",
+            "sees": "the simulator's full state and physics, and its future",
+        }
+    return {"expert": "feedback from the simulator's state", "sees": _BESIDES.get(domain, "")}
+
+
+def _make_expert(task: str) -> Expert:
+    how = _EXPERTS[task]
+    return PlanningExpert(how) if isinstance(how, Planning) else FeedbackExpert(how)
+
+
 def _domain(
     name: str, tasks: tuple[str, ...], make_env: Callable[[str], gym.Env], *sources: str
 ) -> Domain:
-    planned = {task: isinstance(_EXPERTS[task], Planning) for task in tasks}
     return Domain(
         name=name,
         tasks={
@@ -385,19 +403,12 @@ def _domain(
                 floor=1000.0,
                 floor_source="upper bound of the reward: 1 a step for 1,000 steps",
                 noise="standard deviation of Gaussian noise on each control, in half its range",
-                expert="sampling model-predictive control in the simulator's own model"
-                if planned[task]
-                else "feedback from the simulator's state",
-                sees="the simulator's full state and physics, and its future"
-                if planned[task]
-                else _BESIDES.get(name, ""),
+                **_who_plays(name, task),
             )
             for task in tasks
         },
         make_env=make_env,
-        make_expert=lambda task: (
-            PlanningExpert(_EXPERTS[task]) if planned[task] else FeedbackExpert(_EXPERTS[task])
-        ),
+        make_expert=_make_expert,
         sources=("dmc.py", "planning.py", *sources),
         perturb=gaussian,
     )
