@@ -336,3 +336,15 @@ def test_feedback_is_told_by_the_state_alone():
     other.unwrapped.data.qpos[[0, 2]] *= -1
     other.unwrapped.data.qvel[[0, 2]] *= -1
     np.testing.assert_allclose(again.act(None, None), action * [-1, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("spin", [-1.0, 1.0])
+def test_the_swing_is_pushed_where_it_is_slow_and_braked_where_it_is_fast(spin):
+    env, expert = STATE.make_env("pendulum-swingup"), STATE.make_expert("pendulum-swingup")
+    env.reset(seed=0)
+    expert.reset(env)
+    data = env.unwrapped.data
+    data.qpos[:], data.qvel[:] = np.pi, spin  # hanging
+    assert expert.act(None, None)[0] == spin
+    data.qvel[:] = 15 * spin  # more than it takes to stand
+    assert expert.act(None, None)[0] == -spin

@@ -120,7 +120,7 @@ def _reach(model: Any, data: Any) -> np.ndarray:
 
 
 def _swing_up(model: Any, data: Any) -> np.ndarray:
-    """Push with the swing until its energy is that of standing, and hold the pole near the top."""
+    """Push with the swing, or brake it, to the energy of standing; hold the pole near the top."""
     (angle,), (spin,) = data.qpos, data.qvel
     angle = (angle + np.pi) % (2 * np.pi) - np.pi
     hold = -10 * angle - 2 * spin
@@ -128,7 +128,7 @@ def _swing_up(model: Any, data: Any) -> np.ndarray:
         return np.array([hold])
     arm = model.geom("mass").pos[2]
     energy = (arm * spin) ** 2 / 2 - model.opt.gravity[2] * arm * (np.cos(angle) - 1)
-    return np.array([np.copysign(np.clip(5 * (0.2 - energy), -1, 1), spin)])
+    return np.array([np.copysign(1.0, spin) * np.clip(5 * (0.2 - energy), -1, 1)])
 
 
 # Of _catch, by row: cup left or right, down or up. By column: where the cup is; where the ball is
