@@ -123,8 +123,10 @@ def _scores(agent: str, folder: pathlib.Path) -> str:
     aside = _rows(folder / "06_set_aside.csv", agent)
     aside = aside[aside.domain == "aside"].pivot(index="task", columns="metric", values="value")
     for part, r in (100 * aside).iterrows():
-        lines += ["", f"Set aside, {part}: {r.aside:.0f} % against {r.known:.0f} %, a drop of "]
-        lines[-1] += f"{r['drop']:.0f} points ({r.low:.0f} to {r.high:.0f})."
+        lines += ["", f"{part.capitalize()} set aside: {r.aside:.0f} % of the expert, others "]
+        lines[-1] += (
+            f"{r.known:.0f} %; lost {r['drop']:+.0f} points ({r.low:+.0f} to {r.high:+.0f})."
+        )
     return "\n".join(lines)
 
 

@@ -42,7 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
         wanted = {"mixture", *(field.name for field in dataclasses.fields(DataConfig))}
         settings = driver.all_parameters(NOTEBOOK, args.preset)
         settings = {name: value for name, value in settings.items() if name in wanted}
-        run = workbook.Run.at(args.run_dir, args.preset)
+        if args.run_dir:
+            run = workbook.Run.at(args.run_dir, args.preset)
+        else:
+            run = workbook.Run.named(args.preset)
         workbook.collect(run, workbook.data_config(**settings), args.shard)
     except (driver.UserError, ConfigError, DataError) as error:
         raise SystemExit(f"collect.py: {error}") from None

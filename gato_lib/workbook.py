@@ -111,17 +111,33 @@ SMALL_TASKS = ("babyai/GoToObj", "metaworld/drawer-close")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The folders of one run. `Run.at("", preset)` is experiments/runs/<preset>."""
+    """The folders of one run, experiments/runs/<preset> where nothing else is said."""
 
     root: pathlib.Path
     preset: str
 
     @classmethod
     def at(cls, run_dir: str, preset: str) -> Run:
-        root = (
-            pathlib.Path(run_dir) if run_dir else results.REPOSITORY / "experiments/runs" / preset
-        )
-        return cls(root.absolute(), preset)
+        """The run in `run_dir`, for a notebook; without one that of preset smoke.
+
+        A notebook knows no other preset's values. That it should not mix its own small results
+        with those of a run that has them, raises ConfigError for another preset without `run_dir`.
+        """
+        if run_dir:
+            return cls(pathlib.Path(run_dir).absolute(), preset)
+        if preset != "smoke":
+            command = f"make reproduce PRESET={preset} NOTEBOOK=..."
+            raise ConfigError(
+                f"preset {preset!r}: its values are not in this notebook. Run `{command}` and open "
+                f"the copy in experiments/runs/{preset}/notebooks, or keep preset 'smoke' and "
+                "change parameters, or name a folder of your own in run_dir"
+            )
+        return cls.named(preset)
+
+    @classmethod
+    def named(cls, preset: str) -> Run:
+        """experiments/runs/<preset>, where experiments/run.py runs a preset."""
+        return cls(results.REPOSITORY / "experiments/runs" / preset, preset)
 
     @classmethod
     def of(cls, folder: str, otherwise: Run) -> Run:

@@ -87,7 +87,10 @@ def test_runs_by_their_folder(tmp_path):
     run = workbook.Run.at(str(tmp_path), "smoke")
     assert workbook.Run.of("", run) is run
     other = workbook.Run.of("experiments/runs/laptop", run)
-    assert other == workbook.Run.at("", "laptop")
+    assert other == workbook.Run.named("laptop")
+    assert workbook.Run.at("", "smoke") == workbook.Run.named("smoke")
+    with pytest.raises(ConfigError, match="copy in experiments/runs/laptop/notebooks"):
+        workbook.Run.at("", "laptop")  # would write smoke results where laptop's are
     assert workbook.Run.of(str(tmp_path / "x"), run).root == tmp_path / "x"
 
 
