@@ -120,8 +120,8 @@ class Run:
     def at(cls, run_dir: str, preset: str) -> Run:
         """The run in `run_dir`, for a notebook; without one that of preset smoke.
 
-        A notebook knows no other preset's values. That it should not mix its own small results
-        with those of a run that has them, raises ConfigError for another preset without `run_dir`.
+        Raises ConfigError for another preset without `run_dir`: a notebook does not know its
+        values, and would write its own small results where that preset's are.
         """
         if run_dir:
             return cls(pathlib.Path(run_dir).absolute(), preset)
