@@ -41,6 +41,7 @@ PAPER_TABLE8 = {
 }
 THRESHOLDS = np.linspace(0.0, 1.2, 49)
 ROUNDING = 1e-9  # a mean of normalised scores and a normalised mean differ by less
+RESAMPLES = 2000  # of the bootstrap
 
 # Of tasks' mean scores, along the last axis.
 AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -53,7 +54,7 @@ AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def _means(
-    played: pd.DataFrame, references: pd.DataFrame, seed: int, resamples: int
+    played: pd.DataFrame, references: pd.DataFrame, seed: int, resamples: int = RESAMPLES
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tasks' means, (tasks,), and with episodes drawn anew within each task, (resamples, tasks).
 
@@ -66,7 +67,7 @@ def _means(
 
 
 def aggregates(
-    played: pd.DataFrame, references: pd.DataFrame, seed: int = 0, resamples: int = 2000
+    played: pd.DataFrame, references: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES
 ) -> pd.DataFrame:
     """One row for each of `AGGREGATES`: statistic, value, low, high (95 %)."""
     means, drawn = _means(played, references, seed, resamples)
@@ -77,15 +78,13 @@ def aggregates(
     return pd.DataFrame(rows)
 
 
-def by_domain(
-    played: pd.DataFrame, references: pd.DataFrame, seed: int = 0, resamples: int = 2000
-) -> pd.DataFrame:
+def by_domain(played: pd.DataFrame, references: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """`aggregates` of each domain's tasks, with columns domain and tasks."""
     names = played.task.map(lambda task: domains.TASKS[task].domain)
     tables = []
     for domain, group in played.groupby(names, sort=False):
         if tasks := len(normalized_episodes(group, references)):
-            table = aggregates(group, references, seed, resamples)
+            table = aggregates(group, references, seed)
             tables.append(table.assign(domain=domain, tasks=tasks))
     if not tables:
         raise ValueError("no task with a sound expert was played")
@@ -97,13 +96,12 @@ def performance_profile(
     references: pd.DataFrame,
     thresholds: np.ndarray = THRESHOLDS,
     seed: int = 0,
-    resamples: int = 2000,
 ) -> pd.DataFrame:
     """Share of tasks whose mean is at or above each threshold: threshold, share, low, high (95 %).
 
     At or above, as Figure 5 counts.
     """
-    means, drawn = _means(played, references, seed, resamples)
+    means, drawn = _means(played, references, seed)
     at_least = lambda x, t: (x >= t - ROUNDING).mean(axis=-1)  # noqa: E731
     above = np.stack([at_least(drawn, t) for t in thresholds], axis=1)
     low, high = np.percentile(above, [2.5, 97.5], axis=0)

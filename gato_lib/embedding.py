@@ -46,14 +46,14 @@ def check_text(config: ModelConfig, text: tokenizers.TextTokenizer | None) -> No
         raise ConfigError(f"{text.size} text pieces, but text_rows is {config.text_rows}")
 
 
-def value_features(width: int, seed: int = 0) -> np.ndarray:
+def value_features(width: int) -> np.ndarray:
     """Rows for the 1,024 bins that know their order, float32 (1024, width).
 
     Random cosines of the bin centre, frequencies log-uniform in [0.3, 40] half-turns per unit,
     scaled to the other rows' standard deviation. Neighbouring bins start alike, so what is learned
     of one value holds for those around it.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     frequency = np.exp(rng.uniform(np.log(0.3), np.log(40.0), width))
     phase = rng.uniform(0.0, 2.0 * np.pi, width)
     rows = np.cos(np.pi * frequency * tokenizers.bin_centres()[:, None] + phase)

@@ -251,8 +251,8 @@ def expert_return(scores: Sequence[float]) -> float:
     return float(sums.max() / window)
 
 
-def keep_mask(scores: Sequence[float], fraction: float = 0.8) -> np.ndarray:
-    """Which episodes reach `fraction` of the expert return: bool (N,).
+def keep_mask(scores: Sequence[float]) -> np.ndarray:
+    """Which episodes reach 80 % of the expert return: bool (N,).
 
     Raises ValueError where the expert return is not positive: the paper's rule has no meaning
     there, and such a task is filtered on success instead.
@@ -260,7 +260,7 @@ def keep_mask(scores: Sequence[float], fraction: float = 0.8) -> np.ndarray:
     best = expert_return(scores)
     if best <= 0:
         raise ValueError(f"the return filter needs a positive expert return, got {best}")
-    return np.asarray(scores, np.float64) >= fraction * best
+    return np.asarray(scores, np.float64) >= 0.8 * best
 
 
 # --- shards: one file an episode, whole or absent ------------------------------------------------

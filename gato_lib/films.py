@@ -34,9 +34,10 @@ from gato_lib.tokenizers import TextTokenizer
 
 # Whichever a scene has of these shows most of it.
 CAMERAS = ("topview", "front_close", "side", "track", "tracking_x", "lookat", "back", "fixed")
+SIDE = 128  # of a rendered scene, in pixels
 
 
-def picture(task: str, seed: int = 0, size: int = 128) -> np.ndarray:
+def picture(task: str, seed: int = 0, size: int = SIDE) -> np.ndarray:
     """What an episode of the task begins with, uint8 (H, W, 3): as the agent sees it if it does."""
     env = domains.make_env(task)
     observation, _ = env.reset(seed=seed)
@@ -117,12 +118,11 @@ def film(
     *,
     prompt: str = "none",
     demonstrations: Callable[[str], Sequence[Episode]] | None = None,
-    size: int = 128,
     most: int = 48,
 ) -> Film:
     """Play an evaluation episode live and film it: at most so many frames, evenly spread.
 
-    A frame is what the agent sees, or where that is no image, the scene in `size` x `size` pixels.
+    A frame is what the agent sees, or where that is no image, the scene in 128 x 128 pixels.
     """
     frames: list[np.ndarray] = []
     observations: list[Any] = []
@@ -132,7 +132,7 @@ def film(
             nonlocal look, env
             (lane,) = lanes
             if look is None:  # not before the reset: it may make another scene
-                look = stack.enter_context(_camera(lane.env, size))
+                look = stack.enter_context(_camera(lane.env, SIDE))
                 lane.env = env = _Noted(lane.env)
             frames.append(look(lane.observation))
             observations.append(lane.observation)

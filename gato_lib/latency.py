@@ -240,9 +240,9 @@ class Rates(NamedTuple):
         return max(cost["operations"] / self.operations, cost["bytes"] / self.bytes)
 
 
-def machine_rates(dtype: str = "float32", megabytes: int = 256) -> Rates:
+def machine_rates(megabytes: int = 256) -> Rates:
     """This device's: a product of two square matrices, and the sum of an array of that size."""
     numbers = jnp.ones(megabytes * 2**20 // 4, jnp.float32)
     total = jax.jit(jnp.sum)
     total(numbers).block_until_ready()
-    return Rates(matmul_peak(dtype), numbers.nbytes / _best(lambda: total(numbers), 8))
+    return Rates(matmul_peak(), numbers.nbytes / _best(lambda: total(numbers), 8))

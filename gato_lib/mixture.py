@@ -328,7 +328,7 @@ def _samples(group: Group, config: DataConfig, stream: int, count: int) -> list[
     """The rows of some batches, drawn apart from training's own, to measure shapes with."""
     batches = (range(i * group.batch_size, (i + 1) * group.batch_size) for i in range(count))
     return [
-        [draw_row(group, config, np.random.default_rng([stream, r])) for r in numbers]
+        [draw_row(group, np.random.default_rng([stream, r])) for r in numbers]
         for numbers in batches
     ]
 
@@ -345,9 +345,7 @@ def _distinct_patches(seq: TokenSequence, rows: Sequence[Row]) -> int:
     return len(np.unique(patch[patch >= 0]))
 
 
-def draw_row(
-    group: Group, config: DataConfig, rng: np.random.Generator, held_out: bool = False
-) -> Row:
+def draw_row(group: Group, rng: np.random.Generator, held_out: bool = False) -> Row:
     """The windows of one row: tasks alike, or by size, and timesteps alike within a task.
 
     With `held_out`, windows come from the held-out episodes and prompts from training's.
@@ -450,7 +448,7 @@ def group_batch(
     # How many slots it takes is the same on every process, so each draws what the others have.
     needed = range(group.batch_size) if images else mine
     rngs = {int(r): np.random.default_rng([seed, r]) for r in needed}
-    rows = {r: draw_row(group, config, rng, held_out) for r, rng in rngs.items()}
+    rows = {r: draw_row(group, rng, held_out) for r, rng in rngs.items()}
     slots = patch_slots(group, config, each)
     shares = range(0, group.batch_size, each) if images else ()
     if any(

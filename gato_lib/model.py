@@ -90,15 +90,13 @@ def modality_losses(
     return (losses[:, None] * kinds).sum(axis=0), kinds.sum(axis=0)
 
 
-def masked_loss(
-    model: Gato, batch: Batch, key: jax.Array | None = None, soft_sigma: float = 0.0
-) -> Float[Array, ""]:
+def masked_loss(model: Gato, batch: Batch, key: jax.Array | None = None) -> Float[Array, ""]:
     """Mean of -log p over the batch's targets, text and actions (2.3).
 
     The paper writes a sum and leaves normalisation open; a mean over targets keeps the learning
     rate's meaning across batch shapes.
     """
-    sums, counts = modality_losses(model, batch, key, soft_sigma)
+    sums, counts = modality_losses(model, batch, key)
     return sums.sum() / jnp.maximum(counts.sum(), 1.0)
 
 

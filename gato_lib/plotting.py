@@ -145,7 +145,6 @@ def save_video(
     name: str,
     folder: str | os.PathLike,
     notebook: str,
-    inputs: Sequence[str | os.PathLike] = (),
     fps: float = 10.0,
 ) -> IPython.display.Image:
     """Write frames uint8 (T, H, W, 3) as `name`.gif, and .json, and return them to be shown.
@@ -167,7 +166,7 @@ def save_video(
     path = pathlib.Path(folder) / f"{name}.gif"
     if distributed.is_writer():
         write_bytes(path, data.getvalue())
-        _write_provenance(path, notebook, inputs, ("pillow",))
+        _write_provenance(path, notebook, (), ("pillow",))
     return IPython.display.Image(data.getvalue(), format="gif")
 
 

@@ -49,20 +49,22 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     return optax.constant_schedule(config.peak_lr)
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW at the rate of `learning_rate`, gradients clipped where `clip_norm` says so."""
+def learning_rates(config: TrainConfig) -> np.ndarray:
+    """`learning_rate` of every update, float32 (steps,)."""
+    return np.asarray(jax.jit(jax.vmap(learning_rate(config)))(np.arange(config.steps)), np.float32)
+
+
+def optimizer(config: TrainConfig, rate: Any) -> optax.GradientTransformation:
+    """AdamW at a rate, gradients clipped where `clip_norm` says so. Its state knows no rate."""
     adamw = optax.adamw(
-        learning_rate(config),
-        config.beta1,
-        config.beta2,
-        config.epsilon,
-        weight_decay=config.weight_decay,
+        rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay
     )
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
     return adamw
 
 
+@functools.lru_cache(maxsize=64)
 def graph_of(model: ModelConfig) -> Any:
     """The network's graph definition, without parameters."""
     shell = nnx.eval_shape(lambda: Gato(model, rngs=nnx.Rngs(0)))
@@ -77,7 +79,7 @@ def initial_state(
     def make() -> dict[str, Any]:
         _, params = nnx.split(Gato(model, rngs=nnx.Rngs(config.seed)), nnx.Param)
         params = nnx.to_pure_dict(params)
-        return {"params": params, "opt": optimizer(config).init(params)}
+        return {"params": params, "opt": optimizer(config, 0.0).init(params)}
 
     if mesh is None or mesh.size == 1:
         return make()
@@ -119,21 +121,41 @@ class StepReport(NamedTuple):
     tokens: jax.Array
 
 
-def make_step(graph: Any, config: TrainConfig, train_key: jax.Array, mesh: Mesh | None = None):
-    """The jitted update: (state, step, batch) -> (state, StepReport).
+class Now(NamedTuple):
+    """What tells one update from another, besides its batch.
 
+    Attributes:
+      step: updates done before it. rate: its learning rate. seed: of dropout and stochastic depth.
+    """
+
+    step: Any = np.int32(0)
+    rate: Any = np.float32(0.0)
+    seed: Any = np.int32(0)
+
+
+def make_step(model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None):
+    """The jitted update: (state, Now, batch) -> (state, StepReport).
+
+    Trainings that differ in their rates, number of updates or seed share it, and what is compiled.
     With a mesh, call and lower it inside `jax.set_mesh(mesh)`.
     """
-    tx = optimizer(config)
+    named = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm", "soft_sigma")
+    return _make_step(model, TrainConfig(**{f: getattr(config, f) for f in named}), mesh)
 
-    def step_fn(state, step, batch):
-        key = jax.random.fold_in(train_key, step)
+
+@functools.lru_cache(maxsize=16)
+def _make_step(model: ModelConfig, config: TrainConfig, mesh: Mesh | None):
+    graph = graph_of(model)
+
+    def step_fn(state, now, batch):
+        key = jax.random.fold_in(jax.random.key(now.seed), now.step)
 
         def loss_fn(params):
             sums, counts = modality_losses(merge(graph, params), batch, key, config.soft_sigma)
             return sums.sum() / jnp.maximum(counts.sum(), 1.0), (sums, counts)
 
         (_, report), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
+        tx = optimizer(config, now.rate)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         tokens = (batch.local != PADDING_POSITION).sum()
@@ -149,11 +171,13 @@ def make_step(graph: Any, config: TrainConfig, train_key: jax.Array, mesh: Mesh 
     return jax.jit(step_fn, donate_argnums=0)
 
 
-def make_validation(graph: Any, config: TrainConfig, mesh: Mesh | None = None):
+@functools.lru_cache(maxsize=16)
+def make_validation(model: ModelConfig, soft_sigma: float, mesh: Mesh | None = None):
     """Jitted (params, batch) -> sum of -log p and number of targets."""
+    graph = graph_of(model)
 
     def validate(params, batch):
-        both = modality_losses(merge(graph, params), batch, None, config.soft_sigma)
+        both = modality_losses(merge(graph, params), batch, None, soft_sigma)
         return jnp.stack(both).sum(axis=1)
 
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
@@ -192,9 +216,8 @@ def lower_step(model: ModelConfig, config: TrainConfig, batch: Batch, mesh: Mesh
     )
     state = put(state, distributed.state_shardings(state, mesh))
     batch = put(batch, distributed.batch_shardings(batch, mesh))
-    step = make_step(graph_of(model), config, jax.random.key(0), mesh)
     with jax.set_mesh(mesh):
-        return step.lower(state, jax.ShapeDtypeStruct((), np.int32), batch)
+        return make_step(model, config, mesh).lower(state, Now(), batch)
 
 
 # --- what a run reports ---------------------------------------------------------------------------
@@ -349,9 +372,9 @@ def train(
         batches.restore(counters["data"])
     if start == config.steps:
         return
-    graph = graph_of(model)
-    step_fn = make_step(graph, config, jax.random.key(config.seed + 1), mesh)
-    evaluate = make_validation(graph, config, mesh)
+    step_fn = make_step(model, config, mesh)
+    rates, seed = learning_rates(config), np.int32(config.seed + 1)
+    evaluate = make_validation(model, config.soft_sigma, mesh)
     held_out = mixture.validation(placement)
     # The simulated devices of a CPU share its cores and count as one.
     devices = 1 if mesh is None else mesh.size
@@ -382,7 +405,8 @@ def train(
         before = time.perf_counter()
         sample = next(batches)
         tally.waited += time.perf_counter() - before
-        state, report = on_mesh(step_fn, state, np.int32(step), sample.batch)
+        now = Now(np.int32(step), rates[step], seed)
+        state, report = on_mesh(step_fn, state, now, sample.batch)
         size, flops = sample.batch.ids.size, step_flops(model, sample.batch)
         tally.add(sample, round(size * scale), flops * scale, report)
         done = step + 1

@@ -30,7 +30,17 @@ from gato_lib.mixture import (
     mixture_weights,
 )
 from gato_lib.model import modality_losses
-from gato_lib.training import graph_of, initial_state, learning_rate, merge, optimizer, train
+from gato_lib.training import (
+    Now,
+    graph_of,
+    initial_state,
+    learning_rate,
+    learning_rates,
+    make_step,
+    merge,
+    optimizer,
+    train,
+)
 
 NETWORK = model_config(
     "w64d2", width=32, head_dim=8, mlp_dim=64, text_rows=1024, value_rows="ordinal"
@@ -161,7 +171,7 @@ def test_prompts_come_from_another_episode_and_fit(text, demonstrations, context
         episode = lambda token: np.searchsorted(at[task.episodes[:, 1]], token, "right")  # noqa: B023, E731
         for draw in range(60):
             held_out = bool(draw % 2)
-            row = draw_row(group, always, np.random.default_rng(draw), held_out)
+            row = draw_row(group, np.random.default_rng(draw), held_out)
             assert sum(w.tokens for w in row) <= group.length
             assert len(row) == 1 or group.packed
             for window in row:
@@ -183,7 +193,7 @@ def test_prompts_of_ends_alone(text, demonstrations):
         group = make_groups(text, demonstrations, config)[1]
         (task,) = group.tasks.values()
         last = group.seq.offsets[task.seen[0, 1]]
-        rows = [draw_row(group, config, np.random.default_rng(i), True) for i in range(80)]
+        rows = [draw_row(group, np.random.default_rng(i), True) for i in range(80)]
         prompts = [w.spans[0] for row in rows for w in row if len(w.spans) > 1]
         assert len(prompts) > 20
         assert least <= np.mean([b == last for _, b in prompts]) <= most
@@ -197,7 +207,7 @@ def test_every_step_is_seen_live(text, demonstrations, prompted):
         (task,) = group.tasks.values()
         at, live = group.seq.offsets, collections.Counter()
         for draw in range(6000):
-            for window in draw_row(group, config, np.random.default_rng(draw)):
+            for window in draw_row(group, np.random.default_rng(draw)):
                 assert len(window.spans) == 1 + prompted
                 first, last = np.searchsorted(at, window.spans[-1])
                 live.update(range(first, last))
@@ -460,15 +470,34 @@ def test_training_overfits_one_batch(mixture):
 def test_fine_tuning_is_adam_at_a_constant_rate():
     """App. E: no decay, no warm-up; the first step moves every weight by the rate."""
     params = {"w": np.array([1.0, -2.0, 3.0], np.float32)}
-    tx = optimizer(FINE_TUNING)
+    (rate, *others) = learning_rates(dataclasses.replace(FINE_TUNING, steps=3))
+    assert others == [rate, rate]
+    tx = optimizer(FINE_TUNING, rate)
     state = tx.init(params)
     for _ in range(3):
         updates, state = tx.update({"w": np.array([0.1, -5.0, 2.0], np.float32)}, state, params)
         np.testing.assert_allclose(updates["w"], [-1e-5, 1e-5, -1e-5], rtol=1e-3)
     slow = dataclasses.replace(FINE_TUNING, warmup_steps=10, start_lr=0.0)
-    tx = optimizer(slow)
-    updates, _ = tx.update({"w": np.ones(3, np.float32)}, tx.init(params), params)
-    np.testing.assert_allclose(updates["w"], 0.0, atol=1e-9)
+    np.testing.assert_allclose(learning_rates(slow)[[0, 5, 10]], [0.0, 5e-6, 1e-5], atol=1e-12)
+
+
+def test_trainings_of_other_rates_share_what_is_compiled(mixture):
+    """Peers compile for every schedule: a sweep over rates then spends its time in XLA."""
+    other = dataclasses.replace(FIT, steps=99, peak_lr=5e-2, warmup_steps=7, seed=3)
+    step = make_step(NETWORK, FIT)
+    assert make_step(NETWORK, other) is step
+    assert make_step(NETWORK, dataclasses.replace(FIT, weight_decay=0.5)) is not step
+    compiled, moved = step._cache_size(), []
+    for fit in (FIT, other):
+        for at in (0, 1, 2):
+            state = initial_state(NETWORK, FIT)
+            before = state["params"]["embedding"]["table"].copy()
+            now = Now(np.int32(at), learning_rates(fit)[at])
+            state, _ = step(state, now, mixture[0].batch)
+            moved.append(np.abs(state["params"]["embedding"]["table"] - before).max())
+    assert step._cache_size() <= compiled + 1
+    rates = [learning_rates(fit)[at] for fit in (FIT, other) for at in (0, 1, 2)]
+    np.testing.assert_allclose(moved, rates, rtol=0.15)  # Adam's first step, and some decay
 
 
 def test_a_rate_that_starts_anew():

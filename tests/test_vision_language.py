@@ -292,12 +292,12 @@ def test_five_pairs_make_a_row():
     assert group.length == 5 * 6 and group.batch_size == 8
     seen = set()
     for seed in range(50):
-        (window,) = draw_row(group, CONFIG, np.random.default_rng(seed))
+        (window,) = draw_row(group, np.random.default_rng(seed))
         assert len(window.spans) == 5 and window.tokens == 30
         starts = [first // 6 for first, _ in window.spans]
         assert all(last - first == 6 and first % 6 == 0 for first, last in window.spans)
         seen |= set(starts)
-        (window,) = draw_row(group, CONFIG, np.random.default_rng(seed), held_out=True)
+        (window,) = draw_row(group, np.random.default_rng(seed), held_out=True)
         assert all(first // 6 >= 30 for first, _ in window.spans)
     assert seen == set(range(30)), "all of the training pairs, and no held-out one"
     batch = group_batch(group, CONFIG, 3).batch
@@ -312,7 +312,7 @@ def test_rows_of_pairs_are_cropped_or_padded():
     assert whole == {4, 11}
     tokens, cropped = [], 0
     for seed in range(300):
-        (window,) = draw_row(group, CONFIG, np.random.default_rng(seed))
+        (window,) = draw_row(group, np.random.default_rng(seed))
         assert window.tokens <= group.length and len(window.spans) <= 5
         tokens.append(window.tokens)
         cropped += any(last - first not in whole for first, last in window.spans)
@@ -345,7 +345,7 @@ def test_windows_of_documents_begin_anywhere(text):
     bounds = np.cumsum([0] + [len(t) for t in tokens])
     begins = set()
     for seed in range(300):
-        (window,) = draw_row(group, config, np.random.default_rng(seed))
+        (window,) = draw_row(group, np.random.default_rng(seed))
         ((first, last),) = window.spans
         assert last - first == 32 and last <= bounds[2]
         assert not first < bounds[1] < last, "a window crosses documents"
@@ -358,7 +358,7 @@ def test_windows_of_documents_begin_anywhere(text):
 def test_sets_are_drawn_by_their_size():
     sets = {"c/a": (pairs(30, 4), []), "c/b": (pairs(10, 4, 30), [])}
     group = build_documents("c", sets, CONFIG, pairs=5)
-    names = [draw_row(group, CONFIG, np.random.default_rng(s))[0].task for s in range(400)]
+    names = [draw_row(group, np.random.default_rng(s))[0].task for s in range(400)]
     assert 0.68 < names.count("c/a") / 400 < 0.82
 
 

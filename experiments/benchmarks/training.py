@@ -29,7 +29,7 @@ def measure(width: int, seconds: float) -> dict[str, float]:
     from gato_lib import sequence as sq
     from gato_lib.config import DataConfig, ModelConfig, TrainConfig
     from gato_lib.mixture import build_group, group_batch
-    from gato_lib.training import graph_of, initial_state, make_step
+    from gato_lib.training import Now, initial_state, make_step
 
     task = "metaworld/drawer-open"
     env, expert = domains.make_env(task), domains.make_expert(task)
@@ -47,12 +47,12 @@ def measure(width: int, seconds: float) -> dict[str, float]:
     batches = [group_batch(group, data, i).batch for i in range(16)]
     model = ModelConfig(4, 8, width, 4 * width, width // 8, stochastic_depth=0.0)
     fit = TrainConfig()
-    step, state = make_step(graph_of(model), fit, jax.random.key(0)), initial_state(model, fit)
+    step, state = make_step(model, fit), initial_state(model, fit)
     for i in range(3):
-        state, report = step(state, np.int32(i), batches[i])
+        state, report = step(state, Now(np.int32(i)), batches[i])
     jax.block_until_ready(report)
     # From the compiled program: what it counts is within 5 % of a count by hand (notebook 03).
-    flops = step.lower(state, np.int32(0), batches[0]).compile().cost_analysis()["flops"]
+    flops = step.lower(state, Now(), batches[0]).compile().cost_analysis()["flops"]
     side = jnp.ones((2048, 2048))
     product = jax.jit(jnp.dot)
     product(side, side).block_until_ready()
@@ -65,7 +65,7 @@ def measure(width: int, seconds: float) -> dict[str, float]:
 
             def update():
                 nonlocal state
-                state, report = step(state, np.int32(steps), batches[steps % 16])  # noqa: B023
+                state, report = step(state, Now(np.int32(steps)), batches[steps % 16])  # noqa: B023
                 return report
 
             spent = elapsed(update)
