@@ -55,9 +55,13 @@ def learning_rates(config: TrainConfig) -> np.ndarray:
 
 
 def optimizer(config: TrainConfig, rate: Any) -> optax.GradientTransformation:
-    """AdamW at a rate, gradients clipped where `clip_norm` says so. Its state knows no rate."""
+    """AdamW at a rate, gradients clipped where `clip_norm` says so."""
     adamw = optax.adamw(
-        rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay
+        lambda _: rate,  # as a schedule: checkpoints hold its count of updates
+        config.beta1,
+        config.beta2,
+        config.epsilon,
+        weight_decay=config.weight_decay,
     )
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -7,6 +7,7 @@ returns at once where its work is done.
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -17,6 +18,7 @@ import html
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import pathlib
@@ -84,6 +86,10 @@ from gato_lib.sequence import (
 from gato_lib.tokenizers import TextTokenizer, train_text_tokenizer
 from gato_lib.training import Metrics, initial_state, train
 from gato_lib.vision_language import importers
+
+# A kernel closes its streams before its last tasks are collected: their complaint that they were
+# pending would end as a traceback in what a person sees of a run that went well.
+atexit.register(setattr, logging, "raiseExceptions", False)
 
 # What decides a trained agent besides its settings.
 TRAINING_CODE = tuple(

@@ -106,6 +106,18 @@ def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
 HOME = Run(results.REPOSITORY / "experiments" / "agents" / "released", "released")
 
 
+@pytest.mark.parametrize("name", ["arcade", "released", "stacking"])
+def test_the_agents_that_come_with_the_repository_load(name):
+    """Whatever the code has become: their checkpoints hold the optimizer's state, too."""
+    run = Run.of(f"experiments/agents/{name}", None)
+    folders = [p for p in run.agents.iterdir() if p.is_dir()]
+    assert folders
+    for folder in folders:
+        params = jax.tree.leaves(workbook.load_agent(folder).params)
+        assert sum(p.size for p in params) > 1e5
+        assert all(jnp.isfinite(p).all() for p in params)
+
+
 def test_the_released_agent_was_trained_on_every_task_but_what_is_kept_from_it():
     folder = workbook.find_agent(HOME, "generalist")
     trained = workbook.trained_on(folder)
