@@ -144,11 +144,10 @@ def make_step(model: ModelConfig, config: TrainConfig, mesh: Mesh | None = None)
     With a mesh, call and lower it inside `jax.set_mesh(mesh)`.
     """
     named = ("beta1", "beta2", "epsilon", "weight_decay", "clip_norm", "soft_sigma")
-    return _make_step(model, TrainConfig(**{f: getattr(config, f) for f in named}), mesh)
+    return _kept_step(model, TrainConfig(**{f: getattr(config, f) for f in named}), mesh)
 
 
-@functools.lru_cache(maxsize=16)
-def _make_step(model: ModelConfig, config: TrainConfig, mesh: Mesh | None):
+def _new_step(model: ModelConfig, config: TrainConfig, mesh: Mesh | None):
     graph = graph_of(model)
 
     def step_fn(state, now, batch):
@@ -173,6 +172,9 @@ def _make_step(model: ModelConfig, config: TrainConfig, mesh: Mesh | None):
         return state, report
 
     return jax.jit(step_fn, donate_argnums=0)
+
+
+_kept_step = functools.lru_cache(maxsize=16)(_new_step)
 
 
 @functools.lru_cache(maxsize=16)
@@ -212,7 +214,8 @@ def abstract_batch(
 def lower_step(model: ModelConfig, config: TrainConfig, batch: Batch, mesh: Mesh) -> Any:
     """The update traced for a mesh, from shapes alone: nothing is allocated, no device is needed.
 
-    `.compile()` then says what a device would hold and exchange (`memory_analysis`, `as_text`).
+    It is always traced anew: 15 replaces parts of the model. `.compile()` then says what a device
+    would hold and exchange (`memory_analysis`, `as_text`).
     """
     state = jax.eval_shape(lambda: initial_state(model, config))
     put = lambda tree, shardings: jax.tree.map(  # noqa: E731
@@ -221,7 +224,7 @@ def lower_step(model: ModelConfig, config: TrainConfig, batch: Batch, mesh: Mesh
     state = put(state, distributed.state_shardings(state, mesh))
     batch = put(batch, distributed.batch_shardings(batch, mesh))
     with jax.set_mesh(mesh):
-        return make_step(model, config, mesh).lower(state, Now(), batch)
+        return _new_step(model, config, mesh).lower(state, Now(), batch)
 
 
 # --- what a run reports ---------------------------------------------------------------------------
