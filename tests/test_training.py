@@ -479,6 +479,9 @@ def test_fine_tuning_is_adam_at_a_constant_rate():
         np.testing.assert_allclose(updates["w"], [-1e-5, 1e-5, -1e-5], rtol=1e-3)
     slow = dataclasses.replace(FINE_TUNING, warmup_steps=10, start_lr=0.0)
     np.testing.assert_allclose(learning_rates(slow)[[0, 5, 10]], [0.0, 5e-6, 1e-5], atol=1e-12)
+    tx = optimizer(slow, learning_rates(slow)[0])
+    updates, _ = tx.update({"w": np.ones(3, np.float32)}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], 0.0, atol=1e-9)
 
 
 def test_trainings_of_other_rates_share_what_is_compiled(mixture):
