@@ -8,6 +8,7 @@ notebooks_of_ablation := 16_ablations
 notebooks_of_acting := 06_simulated_control
 notebooks_of_choices := 16_ablations
 notebooks_of_distillation := 02_datasets
+notebooks_of_lead := 04_training
 notebooks_of_ood := 10_out_of_distribution
 notebooks_of_pretrain := 04_training
 notebooks_of_questions := 08_text_samples

@@ -19,7 +19,7 @@ import pandas as pd
 
 from gato_lib import dagger, model, plotting, results, workbook
 from gato_lib.checkpoint import read_meta
-from gato_lib.config import ModelConfig
+from gato_lib.config import ModelConfig, count_of
 from gato_lib.files import write_text
 
 TEMPLATE = results.REPOSITORY / "experiments" / "agents" / "card.template.md"
@@ -66,20 +66,28 @@ def _data(data: workbook.DataConfig) -> str:
     tasks, documents = Counter(t.split("/")[0] for t in data.tasks), Counter()
     for document in data.documents:
         documents[document.split("/")[0]] += 1
-    episodes, weights = dict(data.episodes), dict(data.weights)
-    led = Counter({domain: n for _, counts in data.practice for domain, n in counts})
+    weights = data.domain_weights
     whole = sum(weights.values())
     lines = ["| domain | tasks | demonstrations of each, before the filter | led | weight |"]
     lines += ["|---|---|---|---|---|"]
     for domain in plotting.in_order(weights):
         if domain in tasks:
-            many = f"{tasks[domain]} | {episodes[domain]} | {led[domain] or ''}"
+            own = [t for t in data.tasks if t.split("/")[0] == domain]
+            led = [sum(count_of(counts, t) for _, counts in data.practice) for t in own]
+            made = [count_of(data.episodes, t) for t in own]
+            many = f"{tasks[domain]} | {_span(made)} | {_span(led)}"
         else:
             sets = ", ".join(d.split("/")[1] for d in data.documents if d.startswith(f"{domain}/"))
             many = f"{documents[domain]} sets | {sets} | "
         name = plotting.DOMAIN_NAMES[domain]
         lines.append(f"| {name} | {many} | {100 * weights[domain] / whole:.0f} |")
     return "\n".join(lines)
+
+
+def _span(counts: list[int]) -> str:
+    """Smallest and largest number; nothing where all are 0."""
+    low, high = min(counts), max(counts)
+    return (f"{low} to {high}" if low < high else f"{high}") if high else ""
 
 
 def _rows(path: pathlib.Path, agent: str) -> pd.DataFrame:

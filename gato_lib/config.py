@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Self
 
 
@@ -184,11 +185,13 @@ class DataConfig(Settings):
 
     Attributes:
       tasks: task ids of `domains.TASKS`.
-      episodes: demonstrations collected for each task, before the return filter, by domain.
+      episodes: demonstrations collected for each task, before the return filter, by domain, or by
+        task where one has a number of its own.
       noise: fractions of executed actions that are random (discrete) or the standard deviation
         of Gaussian noise (continuous), cycled over episodes. The recorded action is always the
         expert's own.
-      weights: share of sequences for each domain; empty means equal.
+      weights: share of sequences for each domain; empty means equal. Its tasks share it alike, but
+        for those named here, which have weights of their own beside their domain's.
       context_length: longest training sequence, in tokens.
       batch_tokens: tokens a batch, before rounding to whole sequences.
       rows_multiple: batches have a multiple of so many sequences, so that as many devices can
@@ -202,7 +205,8 @@ class DataConfig(Settings):
         those that were "executed", noise and the agent's included. What is predicted is the
         expert's (`Tokenizer`).
       practice: demonstrations in which an agent led part of the way and the expert said what it
-        would have done (`dagger`): the agent's run or folder, and how many a task, by domain.
+        would have done (`dagger`): the agent's run or folder, and how many a task, by domain or
+        task.
       text_loss: whether text observations count in the loss, as in the paper.
       vocabulary_size: SentencePiece pieces; 32000 is the vendored model, less is trained on the
         run's own text.
@@ -267,13 +271,16 @@ class DataConfig(Settings):
         self._require(some > 0, "there are no tasks, no imports and no documents")
         self._require(len(set(self.tasks)) == len(self.tasks), "tasks holds a task twice")
         object.__setattr__(self, "episodes", tuple((str(d), int(n)) for d, n in self.episodes))
-        missing = sorted({t.split("/")[0] for t in self.tasks} - {d for d, _ in self.episodes})
-        self._require(not missing, f"episodes names no number for {missing}")
+        missing = {t.split("/")[0] for t in self.tasks if not count_of(self.episodes, t)}
+        self._require(not missing, f"episodes names no number for {sorted(missing)}")
         self._require(all(n > 0 for _, n in self.episodes), "episodes must be positive")
         object.__setattr__(self, "parallel_actions", tuple(self.parallel_actions))
         object.__setattr__(self, "tell_return", tuple(self.tell_return))
         self._require(len(self.noise) > 0 and min(self.noise) >= 0, "noise must be >= 0")
         self._require(all(w > 0 for _, w in self.weights), "weights must be positive")
+        known = {*self.tasks, *(t.split("/")[0] for t in self.tasks)}
+        strange = sorted(n for n, _ in self.weights if "/" in n and n not in known)
+        self._require(not strange, f"weights: {strange} are not among the tasks")
         self._require(self.context_length > 0, "context_length must be positive")
         self._require(self.document_length >= 0, "document_length must be >= 0")
         self._require(self.batch_tokens > 0, "batch_tokens must be positive")
@@ -290,8 +297,38 @@ class DataConfig(Settings):
     @property
     def executed_domains(self) -> frozenset[str]:
         """Domains whose sequences hold the actions that were executed, for `inputs`."""
-        led = frozenset(domain for _, counts in self.practice for domain, _ in counts)
+        led = frozenset(n.split("/")[0] for _, counts in self.practice for n, _ in counts)
         return led if self.inputs == "executed" else frozenset()
+
+    @property
+    def domain_weights(self) -> dict[str, float]:
+        """`weights` by domain, each with those of its tasks."""
+        sums: dict[str, float] = {}
+        for name, weight in self.weights:
+            domain = name.split("/")[0]
+            sums[domain] = sums.get(domain, 0.0) + weight
+        return sums
+
+    def task_weights(self, tasks: Sequence[str]) -> dict[str, float] | None:
+        """How often each of a domain's tasks is drawn, in proportion; None where all are alike."""
+        weights = dict(self.weights)
+        named = {t: weights[t] for t in tasks if t in weights}
+        if not named:
+            return None
+        others = len(tasks) - len(named)
+        rest = weights.get(tasks[0].split("/")[0], 0.0)
+        self._require(
+            (others > 0) == (rest > 0),
+            f"weights: {others} of {len(tasks)} tasks of {tasks[0].split('/')[0]} have none of "
+            f"their own, and {rest:g} to share",
+        )
+        return {t: named.get(t) or rest / others for t in tasks}
+
+
+def count_of(counts: Sequence[tuple[str, int]], task: str) -> int:
+    """A task's number in `DataConfig.episodes` or `practice`: its own or its domain's, or 0."""
+    numbers = dict(counts)
+    return numbers.get(task) or numbers.get(task.split("/")[0], 0)
 
 
 @dataclasses.dataclass(frozen=True)

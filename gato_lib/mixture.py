@@ -68,11 +68,14 @@ PACK_ABOVE = 0.08
 VALIDATION_BATCHES = 4  # of each domain
 
 
-def mixture_weights(text: str, domains: Sequence[str]) -> tuple[tuple[str, float], ...]:
+def mixture_weights(
+    text: str, domains: Sequence[str], tasks: Sequence[str] = ()
+) -> tuple[tuple[str, float], ...]:
     """Weights of the domains a run has, from a notebook's parameter; they sum to one.
 
     "equal"; "paper", Table 1's column renormalised over what there is; or a list such as
-    "babyai 2, metaworld 1" that names each of them. Raises ConfigError.
+    "babyai 2, metaworld 1" that names each of them, and any of `tasks` that shall have a weight of
+    its own beside its domain's. Raises ConfigError.
     """
     if text == "equal":
         weights = dict.fromkeys(domains, 1.0)
@@ -91,9 +94,11 @@ def mixture_weights(text: str, domains: Sequence[str]) -> tuple[tuple[str, float
             ) from None
         weights = dict(items)
         sound = all(math.isfinite(w) and w > 0 for w in weights.values())
-        if sorted(d for d, _ in items) != sorted(domains) or not sound:
+        of_domains = sorted(d for d, _ in items if d not in tasks)
+        if of_domains != sorted(domains) or len(items) > len(weights) or not sound:
             raise ConfigError(
-                f"mixture {text!r}: expected one positive weight for each of {sorted(domains)}"
+                f"mixture {text!r}: expected one positive weight for each of {sorted(domains)}, "
+                "and at most one for a task of theirs"
             )
     total = sum(weights.values())
     return tuple((d, weights[d] / total) for d in sorted(weights))
@@ -186,7 +191,7 @@ class Group:
     prompt_ends: float = 0.5
     parallel: bool = False
     pairs: int = 0
-    sizes: dict[str, int] | None = None
+    sizes: Mapping[str, float] | None = None
 
     def max_patches(self, rows: int) -> int:
         """Distinct patches that so many rows can hold at most."""
@@ -239,6 +244,7 @@ def build_group(
     group.text_loss, group.prompt_fraction = config.text_loss, config.prompt_fraction
     group.prompt_ends = config.prompt_ends
     group.parallel = name in config.parallel_actions
+    group.sizes = config.task_weights(list(sequences))
     group.length, padding = _best_length(group, config, longest)
     if padding > PACK_ABOVE:
         group.packed = True
@@ -513,7 +519,7 @@ class Mixture:
     def __init__(self, groups: Sequence[Group], config: DataConfig):
         self.groups = list(groups)
         self.config = config
-        weights = dict(config.weights)
+        weights = config.domain_weights
         for what, names in (("weights", weights), ("parallel_actions", config.parallel_actions)):
             unknown = sorted(set(names) - {g.name for g in groups})
             if unknown:

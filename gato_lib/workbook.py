@@ -52,6 +52,7 @@ from gato_lib.config import (
     DataConfig,
     ModelConfig,
     TrainConfig,
+    count_of,
     model_config,
     source_digest,
 )
@@ -210,24 +211,26 @@ def select_tasks(pattern: str) -> tuple[str, ...]:
 def episodes_by_domain(text: str, tasks: Sequence[str]) -> tuple[tuple[str, int], ...]:
     """Demonstrations a task for each domain of `tasks`, from a notebook's parameter.
 
-    A list such as "babyai 8, others 2"; it may name domains that `tasks` does not have. Raises
-    ConfigError.
+    A list such as "babyai 8, dmc/reacher-easy 20, others 2", where a task's own number goes first;
+    it may name domains and tasks that `tasks` does not have. Raises ConfigError.
     """
     counts: dict[str, int] = {}
     known = [*domains.DOMAINS, "others"]
     for item in text.split(","):
         name, _, count = item.strip().rpartition(" ")
-        if name not in known or not count.isdigit() or int(count) == 0 or name in counts:
+        there = name in known or name in domains.TASKS
+        if not there or not count.isdigit() or int(count) == 0 or name in counts:
             raise ConfigError(
-                f"episodes: {item.strip()!r} in {text!r}; expected, once each, a number behind one "
-                f"of {', '.join(known)}"
+                f"episodes: {item.strip()!r} in {text!r}; expected, once each, a number behind a "
+                f"task or one of {', '.join(known)}"
             )
         counts[name] = int(count)
-    present = sorted({t.split("/")[0] for t in tasks})
+    present = sorted({t.split("/")[0] for t in tasks if t not in counts})
     missing = [d for d in present if d not in counts and "others" not in counts]
     if missing:
         raise ConfigError(f"episodes: {text!r} has no number for {', '.join(missing)} or others")
-    return tuple((d, counts.get(d) or counts["others"]) for d in present)
+    by_domain = [(d, counts.get(d) or counts["others"]) for d in present]
+    return (*by_domain, *((t, counts[t]) for t in tasks if t in counts))
 
 
 def data_config(
@@ -250,7 +253,7 @@ def data_config(
         if not isinstance(fields, dict) or set(fields) != {"learner", "episodes"}:
             raise ConfigError(f"practice: {fields!r}, expected learner (a run) and episodes")
         named = [item.strip().rpartition(" ")[0] for item in fields["episodes"].split(",")]
-        own = [t for t in chosen if t.split("/")[0] in named or "others" in named]
+        own = [t for t in chosen if {t, t.split("/")[0], "others"} & set(named)]
         led.append((fields["learner"], episodes_by_domain(fields["episodes"], own)))
     recorded: list[importing.Source] = []
     written: list[importers.Source] = []
@@ -268,7 +271,8 @@ def data_config(
         if taken or names.count(name) > 1:
             raise ConfigError(f"imports: the name {name!r} is taken")
     present = {t.split("/")[0] for t in (*chosen, *sets)} | set(names)
-    for name in {item.strip().partition(" ")[0] for item in mixture.split(",")} - present:
+    mixed = {item.strip().partition(" ")[0].split("/")[0] for item in mixture.split(",")}
+    for name in mixed - present:
         if name in domains.DOMAINS and not domains.DOMAINS[name].installed:
             install = domains.DOMAINS[name].install
             raise ConfigError(f"mixture names {name}, which is not installed: {install}")
@@ -276,7 +280,7 @@ def data_config(
         tasks=chosen,
         episodes=episodes_by_domain(episodes, chosen),
         noise=tuple(float(x) for x in noise.split(",")),
-        weights=mixture_weights(mixture, sorted(present)),
+        weights=mixture_weights(mixture, sorted(present), chosen),
         imports=tuple(s.text for s in recorded),
         documents=sets + tuple(s.text for s in written),
         practice=tuple(led),
@@ -327,12 +331,11 @@ def collections(
     held = sorted(set(config.tasks) & domains.HELD_OUT)
     if held and not held_out:
         raise ConfigError(f"held-out tasks never enter pretraining: {held}")
-    episodes = dict(config.episodes)
     return [
         collection.Collection(
             str(run.data),
             task,
-            episodes[task.split("/")[0]],
+            count_of(config.episodes, task),
             config.noise,
             config.seed,
             failures=task.split("/")[0] in config.tell_return,
@@ -354,8 +357,8 @@ def practices(run: Run, config: DataConfig) -> list[Practice]:
     for learner, episodes in config.practice:
         folder = generalist_in(learner, run)
         home = Run.of(learner, run)
-        step, counts = checkpoint_step(folder), dict(episodes)
-        tasks = tuple(t for t in config.tasks if t.split("/")[0] in counts)
+        step = checkpoint_step(folder)
+        tasks = tuple(t for t in config.tasks if count_of(episodes, t))
         prompts = prompts_for(home, folder, "end", tasks)
         for task in tasks:
             choices = (("continuous", LEADING), ("keep", 1.0))
@@ -363,7 +366,7 @@ def practices(run: Run, config: DataConfig) -> list[Practice]:
                 Practice(
                     str(run.data),
                     task,
-                    counts[task.split("/")[0]],
+                    count_of(episodes, task),
                     (),
                     config.seed,
                     learner=folder.name,
@@ -1436,7 +1439,7 @@ def mixture_domains(config: DataConfig) -> list[str]:
 def updates_by_domain(trained: TrainedOn) -> dict[str, int]:
     """How many updates of a training each domain had, counted in the order of its batches."""
     names = mixture_domains(trained.data)
-    weights = dict(trained.data.weights)
+    weights = trained.data.domain_weights
     parts = [grain.MapDataset.range(1).repeat().map(lambda _, name=n: name) for n in names]
     order = grain.MapDataset.mix(parts, weights=[weights.get(n, 1.0) for n in names])
     drawn = [order[i] for i in range(trained.steps)]
@@ -1453,12 +1456,13 @@ def specialist(trained: TrainedOn, domain: str, steps: int) -> TrainedOn:
     tasks = tuple(t for t in data.tasks if t.split("/")[0] == domain)
     if not tasks:
         raise ConfigError(f"{domain!r}: the generalist was trained on {mixture_domains(data)}")
+    own = tuple((n, w) for n, w in data.weights if n.split("/")[0] == domain)
     return TrainedOn(
         dataclasses.replace(
             data,
             tasks=tasks,
-            episodes=tuple((d, n) for d, n in data.episodes if d == domain),
-            weights=(),
+            episodes=tuple((d, n) for d, n in data.episodes if d.split("/")[0] == domain),
+            weights=own if any("/" in name for name, _ in own) else (),
             imports=(),
             documents=(),
             parallel_actions=tuple(d for d in data.parallel_actions if d == domain),

@@ -162,6 +162,37 @@ def test_the_papers_weights():
         mixture_weights("paper", ["babyai", "chess"])
 
 
+def test_a_task_may_have_a_weight_of_its_own(text, demonstrations):
+    """It is drawn that often; the others of its domain share what is the domain's own."""
+    easy, push, reach = "babyai/GoToObj", "metaworld/push", "metaworld/reach"
+    tasks = (easy, push, reach, "metaworld/soccer")
+    given = "babyai 1, metaworld 2, metaworld/push 5"
+    weights = mixture_weights(given, ["babyai", "metaworld"], tasks)
+    counts = (("babyai", 1), ("metaworld", 1))
+    config = DataConfig(tasks=tasks, episodes=counts, weights=weights)
+    assert config.domain_weights == pytest.approx({"babyai": 1 / 8, "metaworld": 7 / 8})
+    assert config.task_weights([easy]) is None
+    (name,) = (t for t in demonstrations if t.startswith("metaworld"))
+    env = domains.make_env(name)
+    tokenizer = sq.Tokenizer(env.observation_space, env.action_space, text)
+    episodes = [tokenizer.episode(e) for e in demonstrations[name]]
+    config = dataclasses.replace(config, context_length=90)
+    group = build_group("metaworld", dict.fromkeys(tasks[1:], episodes), config)
+    rows = [draw_row(group, np.random.default_rng(i))[0].task for i in range(700)]
+    assert abs(rows.count(push) - 500) < 60 and abs(rows.count(reach) - 100) < 40  # 5 deviations
+    assert config.task_weights(list(tasks[1:])) == pytest.approx(
+        {push: 5 / 8, reach: 1 / 8, "metaworld/soccer": 1 / 8}
+    )
+    for text in (f"{given}, metaworld/push 1", "babyai 1, metaworld/push 5", f"{given}, {easy}x 1"):
+        with pytest.raises(ConfigError, match="at most one for a task"):
+            mixture_weights(text, ["babyai", "metaworld"], tasks)
+    alone = dataclasses.replace(config, tasks=(easy, push))
+    with pytest.raises(ConfigError, match="0 of 1 tasks of metaworld have none of their own"):
+        alone.task_weights([push])
+    with pytest.raises(ConfigError, match=r"\['metaworld/push'\] are not among the tasks"):
+        dataclasses.replace(config, tasks=(easy, reach))
+
+
 @pytest.mark.parametrize("context", [90, 1024])
 def test_prompts_come_from_another_episode_and_fit(text, demonstrations, context):
     always = dataclasses.replace(DATA, context_length=context, prompt_fraction=1.0)

@@ -16,7 +16,7 @@ import pytest
 
 from gato_lib import domains, films, results, workbook
 from gato_lib.agent import Agent
-from gato_lib.config import ConfigError, DataConfig, TrainConfig, model_config
+from gato_lib.config import ConfigError, DataConfig, TrainConfig, count_of, model_config
 from gato_lib.episodes import DataError
 from gato_lib.mixture import STANDS_FOR
 from gato_lib.sampling import Sampling
@@ -51,10 +51,15 @@ def test_episodes_by_domain():
     parse = workbook.episodes_by_domain
     assert parse("babyai 8, others 2", tasks) == (("babyai", 8), ("metaworld", 2))
     assert parse("metaworld 3, babyai 8", tasks[:1]) == (("metaworld", 3),)
+    assert parse("babyai 8, metaworld/push 5", tasks) == (("babyai", 8), ("metaworld/push", 5))
+    both = ("metaworld/reach", "metaworld/push")
+    assert parse("metaworld 3, metaworld/push 5", both) == (("metaworld", 3), ("metaworld/push", 5))
+    counts = parse("metaworld 3, metaworld/push 5, atari/Pong 1", both)
+    assert [count_of(counts, t) for t in (*both, *tasks[1:])] == [3, 5, 0]
     with pytest.raises(ConfigError, match="'babyai 8' has no number for metaworld or others"):
         parse("babyai 8", tasks)
-    for text in ("baby 8", "babyai eight", "babyai 0", "babyai 1, babyai 2", "8", ""):
-        with pytest.raises(ConfigError, match="expected, once each, a number behind one of babyai"):
+    for text in ("baby 8", "babyai eight", "babyai 0", "babyai 1, babyai 2", "8", "", "babyai/x 1"):
+        with pytest.raises(ConfigError, match="once each, a number behind a task or one of babyai"):
             parse(text, tasks)
 
 
