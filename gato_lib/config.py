@@ -278,9 +278,6 @@ class DataConfig(Settings):
         object.__setattr__(self, "tell_return", tuple(self.tell_return))
         self._require(len(self.noise) > 0 and min(self.noise) >= 0, "noise must be >= 0")
         self._require(all(w > 0 for _, w in self.weights), "weights must be positive")
-        known = {*self.tasks, *(t.split("/")[0] for t in self.tasks)}
-        strange = sorted(n for n, _ in self.weights if "/" in n and n not in known)
-        self._require(not strange, f"weights: {strange} are not among the tasks")
         self._require(self.context_length > 0, "context_length must be positive")
         self._require(self.document_length >= 0, "document_length must be >= 0")
         self._require(self.batch_tokens > 0, "batch_tokens must be positive")

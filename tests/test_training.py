@@ -189,8 +189,6 @@ def test_a_task_may_have_a_weight_of_its_own(text, demonstrations):
     alone = dataclasses.replace(config, tasks=(easy, push))
     with pytest.raises(ConfigError, match="0 of 1 tasks of metaworld have none of their own"):
         alone.task_weights([push])
-    with pytest.raises(ConfigError, match=r"\['metaworld/push'\] are not among the tasks"):
-        dataclasses.replace(config, tasks=(easy, reach))
 
 
 @pytest.mark.parametrize("context", [90, 1024])
