@@ -1,13 +1,22 @@
-"""Modular RL: limbs removed and nothing else changed, seeds, and the planner."""
+"""Modular RL: limbs removed and nothing else changed, seeds, gaits and the search for them."""
 
 from __future__ import annotations
+
+import importlib.util
+import pathlib
+import sys
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
 
-from gato_lib.domains import modular_rl
+from gato_lib.domains import gaits, modular_rl
+
+PROGRAM = pathlib.Path(__file__).parents[1] / "experiments" / "gaits.py"
+_spec = importlib.util.spec_from_file_location("search", PROGRAM)
+search = sys.modules["search"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(search)
 
 (DOMAIN,) = modular_rl.DOMAINS
 NAMES = list(modular_rl.BODIES)
@@ -132,20 +141,6 @@ def test_humanoid_moves_in_a_plane():
     np.testing.assert_allclose(sideways, data.xpos[:, 1], atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["walker_4_no_left_leg", "walker_5_no_right_shin"])
-def test_reach_is_where_the_longest_leg_ends(name):
-    env = DOMAIN.make_env(name)
-    env.reset(seed=0)
-    model, data = env.unwrapped.model, env.unwrapped.data
-    data.qpos[:] = np.random.default_rng(0).uniform(-0.8, 0.8, model.nq)
-    mujoco.mj_forward(model, data)
-    side = "_left" if name == "walker_5_no_right_shin" else ""
-    shin = data.body(f"leg{side}")
-    end = shin.xpos - 0.25 * shin.xmat.reshape(3, 3)[:, 2]
-    reach = modular_rl._reach(data.qpos, modular_rl._legs(name))
-    assert reach == pytest.approx(end[0] - data.body("torso").xpos[0])
-
-
 def rollout(env: gym.Env, expert, seed: int, steps: int):
     observation, _ = env.reset(seed=seed)
     expert.reset(env)
@@ -161,38 +156,52 @@ def rollout(env: gym.Env, expert, seed: int, steps: int):
     return total, np.stack(actions)
 
 
-def test_expert_stays_up_where_random_falls():
-    name, steps = "walker_3_no_shins", 120
+@pytest.mark.parametrize("name", NAMES)
+def test_expert_walks_where_random_falls(name):
+    """And plays an episode the same way again: it depends on what is observed and nothing else."""
     env, expert = DOMAIN.make_env(name), DOMAIN.make_expert(name)
-    total, actions = rollout(env, expert, seed=1, steps=steps)
-    assert len(actions) == steps
-    assert total > 2 * play(env, seed=1, steps=steps)[1].sum()
-
-
-def test_expert_plays_an_episode_the_same_way_again():
-    env, expert = DOMAIN.make_env("walker_7_full"), DOMAIN.make_expert("walker_7_full")
-    first = rollout(env, expert, seed=2, steps=10)
-    model = env.unwrapped.model
-    assert model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4  # the planner's alone is coarse
-    rollout(env, expert, seed=3, steps=10)
-    again = rollout(env, expert, seed=2, steps=10)
+    first = rollout(env, expert, seed=1, steps=150)
+    assert len(first[1]) == 150
+    assert first[0] > 2 * play(env, seed=1, steps=150)[1].sum()
+    rollout(env, expert, seed=2, steps=10)
+    again = rollout(env, expert, seed=1, steps=150)
     assert first[0] == again[0]
     np.testing.assert_array_equal(first[1], again[1])
 
 
-def test_a_fall_ends_what_the_planner_hopes_for():
-    """After it nothing counts, even if the body were to rise again."""
-    from gato_lib.domains.planning import Trajectories
+@pytest.mark.parametrize("name", ["walker_7_full", "hopper_4_full", "humanoid_2d_9_no_arms"])
+def test_the_search_simulates_what_is_played(name):
+    """A whole episode's return, from a start without noise."""
+    env, body = DOMAIN.make_env(name), search.Body(name, coarse=False)
+    for sim in (env.unwrapped, body._env):
+        sim._reset_noise_scale = 0.0
+    total, actions = rollout(env, DOMAIN.make_expert(name), seed=0, steps=modular_rl.STEPS)
+    assert body.play(gaits.MAPS[name], seed=0, noise=0.0) == pytest.approx(total, rel=1e-2)
+    assert len(actions) > 100
 
-    qpos = np.zeros((1, 4, 9))
-    qpos[..., 1] = 1.25
-    qpos[0, 1, 1] = 0.5
-    blank = np.zeros((1, 4, 9))
-    t = Trajectories(None, qpos=qpos, qvel=blank, sensordata=blank, control=blank)
-    np.testing.assert_array_equal(modular_rl._ahead(t, "walker_7_full"), [[1, 0, 0, 0]])
+
+def test_a_gait_is_found():
+    """In seconds, a hopper's that stays up for longer than one that does nothing."""
+    body = search.Body("hopper_4_full", coarse=True)
+    one = search.Search.begin(body)
+    before = body.play(one.gait_of(one.weights), seed=0)
+    rng = np.random.default_rng(0)
+    one.run(body, 60_000, rng, upright=0.3, fastest=1.5, rate=0.03, width=0.05)
+    assert np.mean([body.play(one.gait, seed) for seed in range(5)]) > 3 * before
+
+
+def test_what_is_written_is_read_back():
+    text = search.written(gaits.MAPS)
+    assert text == pathlib.Path(gaits.__file__).read_text()
+    read = {}
+    exec(text, read)
+    assert list(read["MAPS"]) == NAMES
+    for name, gait in gaits.MAPS.items():
+        np.testing.assert_array_equal(read["MAPS"][name], gait)
+        env = DOMAIN.make_env(name)
+        assert gait.shape == (env.observation_space.shape[0] + 1, env.action_space.shape[0])
 
 
 def test_declares_what_decides_the_data():
-    assert DOMAIN.name == "modular_rl" and {"modular_rl.py", "planning.py"} == set(DOMAIN.sources)
+    assert DOMAIN.name == "modular_rl" and {"modular_rl.py", "gaits.py"} == set(DOMAIN.sources)
     assert list(DOMAIN.tasks) == [f"modular_rl/{name}" for name in NAMES]
-    assert set(modular_rl._STYLES) <= set(NAMES)

@@ -1,0 +1,305 @@
+"""Search for the linear maps that play Modular RL's bodies: `python experiments/gaits.py`.
+
+Writes gato_lib/domains/gaits.py, what Modular RL's experts play. The paper's are trained agents
+(D4PG), and so are these, by a far simpler method: augmented random search (Mania et al. 2018,
+"Simple random search provides a competitive approach to reinforcement learning", V2-t). It adds
+random numbers to all weights, plays one episode with them and one with their opposites, and moves
+the weights by what the better pairs say. Two changes: what is played is disturbed by noise, so that
+small mistakes, as an imitator makes, are survived; and several short tries in a coarser simulation
+are made first, of which the best goes on, since many end at standing still.
+
+A morphology takes some eight million steps, five minutes of one core, and half of that where it
+goes on from a relative's gait or that one's mirror image. Those that are committed came from
+nothing for walker_6_no_left_foot, humanoid_2d_9_no_arms, hopper_4_full, walker_3_no_shins and
+(--seed 1) walker_5_no_feet; with --start humanoid_2d_9_no_arms for the other humanoids; with
+--start walker_6_no_left_foot for walker_7_full, walker_6_no_right_foot and walker_5_no_left_shin;
+with --start walker_5_no_left_shin for the other two. walker_3_no_shins, which can do
+little but stand, wants --upright 1 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import copy
+import dataclasses
+import runpy
+
+import numpy as np
+import pandas as pd
+
+from gato_lib.collection import worker_pool
+from gato_lib.domains import gaits, modular_rl
+from gato_lib.files import write_text
+from gato_lib.workbook import Progress
+
+TRIES, TRY, COARSE, TRUE = 6, 700_000, 2_500_000, 800_000  # of each, steps to a try and a stage
+PAIRS, BEST = 16, 8  # directions tried for one move, and those that count
+NOISE = 0.1  # on controls, standard deviation in half their range
+CHECKED = 8  # episodes to tell whether weights are the best so far, every tenth move
+
+
+class Body:
+    """A morphology's environment, without what gymnasium adds around the simulation.
+
+    Attributes:
+      inputs, controls: how many there are.
+      rows, columns: what each row and column of a gait is about: what of which joint.
+    """
+
+    def __init__(self, name: str, coarse: bool):
+        import mujoco
+
+        env = modular_rl.make_env(name)
+        self._env = sim = env.unwrapped
+        self._model, self._data = copy.copy(sim.model), mujoco.MjData(sim.model)
+        self._substeps, self._seconds = sim.frame_skip, sim.dt
+        if coarse:
+            self._model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+            self._model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+            self._substeps, self._model.opt.timestep = 1, sim.dt
+        low, high = self._model.actuator_ctrlrange.T
+        self._middle, self._half = (low + high) / 2, (high - low) / 2
+        self.inputs = self._model.nq - 1 + self._model.nv
+        self.controls = self._model.nu
+        joints = [self._model.joint(i).name for i in range(self._model.njnt)]
+        self.rows = [f"{joint} is" for joint in joints[1:]] + [f"{joint} moves" for joint in joints]
+        self.rows.append("constant")
+        self.columns = [joints[i] for i in self._model.actuator_trnid[:, 0]]
+
+    def play(
+        self,
+        gait: np.ndarray,
+        seed: int,
+        upright: float = 1.0,
+        fastest: float = np.inf,
+        noise: float = NOISE,
+        seen: list[np.ndarray] | None = None,
+    ) -> float:
+        """Play an episode and return the sum of its rewards.
+
+        Args:
+          gait: (inputs + 1, controls), from what is observed and a constant to controls.
+          upright, fastest: what a step upright is worth, and the speed above which none is.
+          seen: where every fifth observation is appended.
+        """
+        import mujoco
+
+        sim, model, data = self._env, self._model, self._data
+        rng = np.random.default_rng(seed)
+        mujoco.mj_resetData(model, data)
+        spread = sim._reset_noise_scale
+        data.qpos[:] = sim.init_qpos + rng.uniform(-spread, spread, model.nq)
+        data.qvel[:] = sim.init_qvel + rng.uniform(-spread, spread, model.nv)
+        mujoco.mj_forward(model, data)
+        disturbed = noise * rng.normal(size=(modular_rl.STEPS, self.controls))
+        (lowest, highest), (back, ahead) = sim._healthy_z_range, sim._healthy_angle_range
+        total = 0.0
+        for step in range(modular_rl.STEPS):
+            observed = np.concatenate([data.qpos[1:], data.qvel.clip(-10, 10)])
+            if seen is not None and step % 5 == 0:
+                seen.append(observed)
+            controls = (observed @ gait[:-1] + gait[-1]).clip(-1, 1) + disturbed[step]
+            data.ctrl[:] = self._middle + self._half * controls.clip(-1, 1)
+            before = data.qpos[0]
+            mujoco.mj_step(model, data, self._substeps)
+            speed = (data.qpos[0] - before) / self._seconds
+            total += min(speed, fastest) - sim._ctrl_cost_weight * np.square(data.ctrl).sum()
+            if not (lowest < data.qpos[1] < highest and back < data.qpos[2] < ahead):
+                break
+            total += upright
+        return total
+
+
+@dataclasses.dataclass
+class Search:
+    """Weights for inputs of mean 0 and variance 1, what makes inputs so, and the best so far.
+
+    `start` is a gait that the weights add to.
+    """
+
+    start: np.ndarray
+    weights: np.ndarray
+    mean: np.ndarray
+    square: np.ndarray  # sum of squared differences from the mean
+    count: float = 1.0
+    best: float = -np.inf
+    gait: np.ndarray | None = None
+
+    @classmethod
+    def begin(cls, body: Body, start: np.ndarray | None = None) -> Search:
+        n, m = body.inputs, body.controls
+        start = np.zeros((n + 1, m)) if start is None else start
+        return cls(start, np.zeros((n, m)), np.zeros(n), np.ones(n))
+
+    def gait_of(self, weights: np.ndarray) -> np.ndarray:
+        scaled = weights / np.sqrt(self.square / self.count).clip(1e-2)[:, None]
+        return self.start + np.concatenate([scaled, -self.mean[None] @ scaled])
+
+    def observe(self, seen: np.ndarray) -> None:
+        mean, new = seen.mean(0), self.count + len(seen)
+        apart = mean - self.mean
+        self.square += np.square(seen - mean).sum(0) + apart**2 * self.count * len(seen) / new
+        self.mean += apart * len(seen) / new
+        self.count = new
+
+    def check(self, body: Body, upright: float, fastest: float) -> None:
+        gait, seeds = self.gait_of(self.weights), range(10**6, 10**6 + CHECKED)
+        score = float(np.mean([body.play(gait, seed, upright, fastest) for seed in seeds]))
+        if score > self.best:
+            self.best, self.gait = score, gait
+
+    def run(
+        self,
+        body: Body,
+        steps: int,
+        rng: np.random.Generator,
+        upright: float,
+        fastest: float,
+        rate: float,
+        width: float,
+    ) -> None:
+        """Move for some `steps` of the simulation: `width` is of the random numbers, `rate` of a
+        move."""
+        done, moves, self.best = 0, 0, -np.inf
+        self.check(body, upright, fastest)
+        while done < steps:
+            tried = rng.normal(size=(PAIRS, *self.weights.shape))
+            scores, seen = np.zeros((PAIRS, 2)), []
+            for i, seed in enumerate(rng.integers(2**31, size=PAIRS)):
+                for j, sign in enumerate((1, -1)):
+                    gait = self.gait_of(self.weights + sign * width * tried[i])
+                    scores[i, j] = body.play(gait, seed, upright, fastest, seen=seen)
+            kept = np.argsort(-scores.max(1))[:BEST]
+            pull = scores[kept, 0] - scores[kept, 1]
+            self.weights += (
+                rate / (BEST * scores[kept].std()) * np.tensordot(pull, tried[kept], axes=1)
+            )
+            self.observe(np.array(seen))
+            done += 5 * len(seen)
+            moves += 1
+            if moves % 10 == 0:
+                self.check(body, upright, fastest)
+
+
+def mirrored(label: str) -> str:
+    """Of a joint on the right, the same on the left, and the other way round."""
+    if "right_" in label:
+        return label.replace("right_", "left_")
+    if label.startswith("left_"):
+        return label.replace("left_", "right_")
+    if "_left_joint" in label:
+        return label.replace("_left_joint", "_joint")
+    return label.replace("_joint", "_left_joint")
+
+
+def carried_over(gait: np.ndarray, of: Body, to: Body) -> np.ndarray:
+    """Another body's gait, for the joints that both have and nothing for the others; or that of its
+    mirror image, whichever serves better."""
+    ways = []
+    for named in (str, mirrored):
+        known = pd.DataFrame(gait, map(named, of.rows), map(named, of.columns))
+        ways.append(known.reindex(index=to.rows, columns=to.columns, fill_value=0.0).to_numpy())
+    return max(ways, key=lambda way: mean_return(to, way, NOISE))
+
+
+def tried(body: Body, upright: float, seed: int) -> Search:
+    """The best of several tries from nothing."""
+    tries = [Search.begin(body) for _ in range(TRIES)]
+    for number, one in enumerate(tries):
+        rng = np.random.default_rng([seed, number])
+        one.run(body, TRY, rng, upright, fastest=1.5, rate=0.03, width=0.05)
+    return max(tries, key=lambda one: one.best)
+
+
+def search(
+    name: str, start: str | None, upright: tuple[float, float], seed: int
+) -> tuple[np.ndarray, str]:
+    """A morphology's gait, with weights of three digits, and what was found on the way."""
+    coarse, true = Body(name, coarse=True), Body(name, coarse=False)
+    before = {}
+    if start:
+        before[start] = carried_over(gaits.MAPS[start], Body(start, coarse=False), true)
+        one = Search.begin(coarse, before[start])
+    else:
+        one = tried(coarse, upright[0], seed)
+        before["tries"] = one.gait
+    if name in gaits.MAPS:
+        before[name] = gaits.MAPS[name]
+    rng = np.random.default_rng([seed, TRIES])
+    one.run(coarse, COARSE, rng, upright[1], fastest=np.inf, rate=0.02, width=0.03)
+    one.run(true, TRUE, rng, upright[1], fastest=np.inf, rate=0.02, width=0.03)
+    gait = np.array([[float(f"{x:.3g}") for x in row] for row in one.gait])
+    scores = {
+        k: [mean_return(true, g, noise) for noise in (0, NOISE, 2 * NOISE)]
+        for k, g in (before | {"now": gait}).items()
+    }
+    if name in before and sum(scores[name]) > sum(scores["now"]):
+        gait = before[name]
+    return gait, "; ".join(
+        f"{k} " + " ".join(f"{x:.0f}" for x in each) for k, each in scores.items()
+    )
+
+
+def mean_return(body: Body, gait: np.ndarray, noise: float) -> float:
+    return float(np.mean([body.play(gait, seed, noise=noise) for seed in range(20)]))
+
+
+HEAD = '''"""Linear maps that play Modular RL's bodies, found and written by experiments/gaits.py.
+
+By morphology: a row for each number observed and one for a constant, a column for each control, in
+half its range.
+"""
+
+import numpy as np
+
+_TEXT = {
+'''
+TAIL = """}
+
+MAPS = {
+    name: np.array([row.split() for row in rows.strip().splitlines()], float)
+    for name, rows in _TEXT.items()
+}
+"""
+
+
+def written(gaits: dict[str, np.ndarray]) -> str:
+    """The module's text."""
+    blocks = []
+    for name, gait in gaits.items():
+        rows = "\n".join(" ".join(f"{x:.3g}" for x in row) for row in gait)
+        blocks.append(f'    "{name}": """\n{rows}\n""",\n')
+    return HEAD + "".join(blocks) + TAIL
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of morphologies; all, if none")
+    parser.add_argument("--start", choices=list(gaits.MAPS), help="whose gait to go on from")
+    worth = "what a step upright is worth in the tries, and after"
+    parser.add_argument("--upright", type=float, nargs=2, default=(0.1, 0.5), help=worth)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int)
+    args = parser.parse_args()
+    unknown = set(args.names) - set(modular_rl.BODIES)
+    if unknown:
+        parser.error(f"{sorted(unknown)} are not morphologies; there are {list(modular_rl.BODIES)}")
+    progress, names = Progress(every=0.0), args.names or list(modular_rl.BODIES)
+    with worker_pool(args.workers) as pool:
+        running = {
+            pool.submit(search, name, args.start, args.upright, args.seed): name for name in names
+        }
+        for future in concurrent.futures.as_completed(running):
+            name = running[future]
+            gait, found = future.result()
+            # Read again: another search may have written since.
+            known = runpy.run_path(gaits.__file__)["MAPS"] | {name: gait}
+            write_text(
+                gaits.__file__, written({k: known[k] for k in modular_rl.BODIES if k in known})
+            )
+            progress(f"{name}: {found}")
+
+
+if __name__ == "__main__":
+    main()
