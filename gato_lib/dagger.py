@@ -25,7 +25,9 @@ from gato_lib.config import source_digest
 from gato_lib.episodes import DataError, Episode, stack_observations, write_shard
 from gato_lib.evaluation import Lane, demonstrated, environments, made, play_out
 
-LEADS, FOLLOWS = 30, 10  # steps that the agent leads, and the expert, on average, before the other
+# Steps that the agent leads, on average, before the expert does, in one episode or another: a body
+# that must not fall is down before the agent has led for 30. And those that the expert leads.
+LEADS, FOLLOWS = (30, 3), 10
 LED = 150  # steps that the agent leads in an episode, at most
 STEPS = 400  # an episode that is not over is cut here
 
@@ -129,6 +131,7 @@ class _Led(Lane):
         self._expert.reset(env)
         self._rng = np.random.default_rng([seed, 4])
         self._leads, self._led = True, 0
+        self._stretch = LEADS[self._rng.integers(len(LEADS))]
 
     def step(self, action: Any) -> Any:
         last = self._executed[-1] if self._executed else None
@@ -137,7 +140,8 @@ class _Led(Lane):
         except domains.ExpertError:
             self.over = True  # what it said until here holds
             return action
-        if self._rng.random() < 1 / (LEADS if self._leads else FOLLOWS):
+        draw = self._rng.random()
+        if self._actions and draw < 1 / (self._stretch if self._leads else FOLLOWS):
             self._leads = not self._leads
         leads = self._leads and self._led < LED
         if leads:

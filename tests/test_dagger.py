@@ -48,6 +48,7 @@ def test_the_agent_leads_and_the_expert_says_what_it_would_do(prepared, data):
         episodes, card = collection.load(item)
         assert item.done and card["learner"] == item.learner and 0 < len(episodes) <= 3
         env, expert = domains.make_env(item.task), domains.make_expert(item.task)
+        differs = 0
         for episode in episodes:
             assert episode.steps <= dagger.STEPS
             start = select(episode.observations, 0)
@@ -55,7 +56,7 @@ def test_the_agent_leads_and_the_expert_says_what_it_would_do(prepared, data):
             # The same seed and what was executed give the same episode and the same advice.
             observation, _ = env.reset(seed=episode.seed)
             expert.reset(env)
-            last, differs = None, 0
+            last = None
             for t in range(episode.steps):
                 advice = expert.act(observation, last)
                 np.testing.assert_allclose(advice, episode.actions[t], atol=1e-6)
@@ -63,7 +64,7 @@ def test_the_agent_leads_and_the_expert_says_what_it_would_do(prepared, data):
                 differs += not np.allclose(advice, last)
                 observation, reward, *_ = env.step(last)
                 assert reward == pytest.approx(episode.rewards[t])
-            assert differs > 0, "the agent leads at the beginning, and knows next to nothing"
+        assert differs > 0, "the agent leads at the beginning, and knows next to nothing"
         env.close()
 
 
