@@ -183,7 +183,7 @@ def test_the_search_simulates_what_is_played(name):
 def test_a_gait_is_found():
     """In seconds, a hopper's that stays up for longer than one that does nothing."""
     body = search.Body("hopper_4_full", coarse=True)
-    one = search.Search.begin(body)
+    one = search.Search.begin(body, noise=0.1)
     before = body.play(one.gait_of(one.weights), seed=0)
     rng = np.random.default_rng(0)
     one.run(body, 60_000, rng, upright=0.3, fastest=1.5, rate=0.03, width=0.05)

@@ -10,10 +10,10 @@ The humanoids move in a plane, as in Huang et al., "One Policy to Control Them A
 (arXiv:2007.04976), where this benchmark comes from: their joints turn about the y axis only, and
 observations and reward are Walker2d's.
 
-The paper's experts are trained agents (D4PG), and so are ours, in a small way: linear maps from what
-is observed to controls, found by random search (`experiments/gaits.py`). Left out are morphologies
-that a planner in the simulator could not keep up for most of an episode, such as a single leg
-without a foot, and humanoids in three dimensions.
+The paper's experts are trained agents (D4PG), and so are ours, in a small way: linear maps from
+what is observed to controls, found by random search (`experiments/gaits.py`). Left out are
+morphologies that a planner in the simulator could not keep up for most of an episode, such as a
+single leg without a foot, and humanoids in three dimensions.
 """
 
 from __future__ import annotations
