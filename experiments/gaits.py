@@ -149,9 +149,7 @@ class Search:
 
     def check(self, body: Body, upright: float, fastest: float) -> None:
         gait, seeds = self.gait_of(self.weights), range(10**6, 10**6 + CHECKED)
-        score = float(
-            np.mean([body.play(gait, seed, upright, fastest, self.noise) for seed in seeds])
-        )
+        score = mean_return(body, gait, self.noise, seeds, upright, fastest)
         if score > self.best:
             self.best, self.gait = score, gait
 
@@ -248,8 +246,15 @@ def search(
     )
 
 
-def mean_return(body: Body, gait: np.ndarray, noise: float) -> float:
-    return float(np.mean([body.play(gait, seed, noise=noise) for seed in range(20)]))
+def mean_return(
+    body: Body,
+    gait: np.ndarray,
+    noise: float,
+    seeds: range = range(20),
+    upright: float = 1.0,
+    fastest: float = np.inf,
+) -> float:
+    return float(np.mean([body.play(gait, seed, upright, fastest, noise) for seed in seeds]))
 
 
 HEAD = '''"""Linear maps that play Modular RL's bodies, found and written by experiments/gaits.py.

@@ -140,8 +140,8 @@ class _Led(Lane):
         except domains.ExpertError:
             self.over = True  # what it said until here holds
             return action
-        draw = self._rng.random()
-        if self._actions and draw < 1 / (self._stretch if self._leads else FOLLOWS):
+        before_the_other = self._stretch if self._leads else FOLLOWS
+        if self._actions and self._rng.random() < 1 / before_the_other:  # the first is the agent's
             self._leads = not self._leads
         leads = self._leads and self._led < LED
         if leads:
