@@ -1,12 +1,13 @@
-"""Search for the linear maps that play Modular RL's bodies: `python experiments/gaits.py`.
+"""Search for the linear maps that play Modular RL and walkers: `python experiments/gaits.py`.
 
-Writes gato_lib/domains/gaits.py, what Modular RL's experts play. The paper's are trained agents
-(D4PG), and so are these, by a far simpler method: augmented random search (Mania et al. 2018,
-"Simple random search provides a competitive approach to reinforcement learning", V2-t). It adds
-random numbers to all weights, plays one episode with them and one with their opposites, and moves
-the weights by what the better pairs say. Two changes: what is played is disturbed by noise, so that
-small mistakes, as an imitator makes, are survived; and several short tries in a coarser simulation
-are made first, of which the best goes on, since many end at standing still.
+Writes gato_lib/domains/gaits.py, what experts of Modular RL, and of two tasks of DM Control,
+play. The paper's are trained agents (D4PG), and so are these, by a far simpler method: augmented
+random search (Mania et al. 2018, "Simple random search provides a competitive approach to
+reinforcement learning", V2-t). It adds random numbers to all weights, plays one episode with them
+and one with their opposites, and moves the weights by what the better pairs say. Two changes: what
+is played is disturbed by noise, so that small mistakes, as an imitator makes, are survived; and
+several short tries in a coarser simulation are made first, of which the best goes on, since many
+end at standing still.
 
 A morphology takes some eight million steps, five minutes of one core, and half of that where it
 goes on from a relative's gait or that one's mirror image. Those that are committed came from
@@ -17,6 +18,9 @@ walker_6_no_left_foot for walker_7_full, walker_6_no_right_foot and walker_5_no_
 --start walker_5_no_left_shin for the other two. Then `--start itself --noise 0.3 --seed 5` made six
 of them survive more, and two are the mirror images of what others then had: walker_5_no_left_shin
 of walker_5_no_right_shin's, and walker_6_no_right_foot of walker_6_no_left_foot's.
+
+DM Control's take eight million steps without tries, as its walker begins lying about. Both came from
+nothing. Its walker was not found to walk.
 """
 
 from __future__ import annotations
@@ -31,13 +35,15 @@ import numpy as np
 import pandas as pd
 
 from gato_lib.collection import worker_pool
-from gato_lib.domains import gaits, modular_rl
+from gato_lib.domains import dmc, gaits, modular_rl
 from gato_lib.files import write_text
 from gato_lib.workbook import Progress
 
 TRIES, TRY, COARSE, TRUE = 6, 700_000, 2_500_000, 800_000  # of each, steps to a try and a stage
 PAIRS, BEST = 16, 8  # directions tried for one move, and those that count
 TOLD = (0.0, 0.1, 0.2, 0.3)  # noise at which gaits are compared
+SUITE = 8_000_000  # steps to a task of DM Control
+MOVES = {"walker": {"rate": 0.3, "width": 0.2}, "cheetah": {"rate": 0.05, "width": 0.05}}
 CHECKED = 8  # episodes to tell whether weights are the best so far, every tenth move
 
 
@@ -73,18 +79,18 @@ class Body:
         self,
         gait: np.ndarray,
         seed: int,
-        upright: float = 1.0,
-        fastest: float = np.inf,
         noise: float = 0.0,
         seen: list[np.ndarray] | None = None,
+        upright: float = 1.0,
+        fastest: float = np.inf,
     ) -> float:
         """Play an episode and return the sum of its rewards.
 
         Args:
           gait: (inputs + 1, controls), from what is observed and a constant to controls.
-          upright, fastest: what a step upright is worth, and the speed above which none is.
           noise: on controls, standard deviation in half their range.
           seen: where every fifth observation is appended.
+          upright, fastest: what a step upright is worth, and the speed above which none is.
         """
         import mujoco
 
@@ -114,6 +120,60 @@ class Body:
         return total
 
 
+class SuiteTask:
+    """A task of DM Control, without what dm_control adds around the simulation.
+
+    Attributes: as `Body`'s.
+    """
+
+    def __init__(self, name: str, coarse: bool):
+        self._env, self._task = dmc.Suite(name), name
+        model = self._env.model
+        self._substeps = self._env.frame_skip
+        if coarse and self._substeps > 2:
+            model.opt.timestep *= self._substeps / 2
+            self._substeps = 2
+        self._observed = dmc.OBSERVED[name.split("-")[0]]
+        self._speed = model.sensor("torso_subtreelinvel").adr[0]
+        self.controls = model.nu
+        self.inputs = len(self._observed(self._env.data))
+
+    def play(
+        self,
+        gait: np.ndarray,
+        seed: int,
+        noise: float = 0.0,
+        seen: list[np.ndarray] | None = None,
+        steps: int = dmc.STEPS,
+    ) -> float:
+        """Play an episode and return the sum of its rewards; arguments as of `Body.play`."""
+        import mujoco
+
+        rng = np.random.default_rng(seed)
+        self._env.reset(seed=int(seed))
+        model, data = self._env.model, self._env.data
+        disturbed = noise * rng.normal(size=(steps, self.controls))
+        torso = np.empty((steps, 3))
+        for step in range(steps):
+            observed = self._observed(data)
+            if seen is not None and step % 5 == 0:
+                seen.append(observed)
+            controls = (observed @ gait[:-1] + gait[-1]).clip(-1, 1) + disturbed[step]
+            data.ctrl[:] = controls.clip(-1, 1)
+            mujoco.mj_step2(model, data)  # as dm_control steps, so that what is read is of now
+            if self._substeps > 1:
+                mujoco.mj_step(model, data, self._substeps - 1)
+            mujoco.mj_step1(model, data)
+            torso[step] = data.xpos[1, 2], data.xmat[1, 8], data.sensordata[self._speed]
+        return float(self._rewards(*torso.T).sum())
+
+    def _rewards(self, height: np.ndarray, upright: np.ndarray, speed: np.ndarray) -> np.ndarray:
+        if self._task == "cheetah-run":
+            return (speed / 10).clip(0, 1)
+        standing = 0.1 ** np.square((1.2 - height).clip(0, None) / 0.6)
+        return (3 * standing + (1 + upright) / 2) / 4
+
+
 @dataclasses.dataclass
 class Search:
     """Weights for inputs of mean 0 and variance 1, what makes inputs so, and the best so far.
@@ -131,7 +191,7 @@ class Search:
     gait: np.ndarray | None = None
 
     @classmethod
-    def begin(cls, body: Body, noise: float, start: np.ndarray | None = None) -> Search:
+    def begin(cls, body: Body | SuiteTask, noise: float, start: np.ndarray | None = None) -> Search:
         n, m = body.inputs, body.controls
         start = np.zeros((n + 1, m)) if start is None else start
         return cls(start, noise, np.zeros((n, m)), np.zeros(n), np.ones(n))
@@ -147,33 +207,32 @@ class Search:
         self.mean += apart * len(seen) / new
         self.count = new
 
-    def check(self, body: Body, upright: float, fastest: float) -> None:
+    def check(self, body: Body | SuiteTask, **worth: float) -> None:
         gait, seeds = self.gait_of(self.weights), range(10**6, 10**6 + CHECKED)
-        score = mean_return(body, gait, self.noise, seeds, upright, fastest)
+        score = mean_return(body, gait, self.noise, seeds, **worth)
         if score > self.best:
             self.best, self.gait = score, gait
 
     def run(
         self,
-        body: Body,
+        body: Body | SuiteTask,
         steps: int,
         rng: np.random.Generator,
-        upright: float,
-        fastest: float,
         rate: float,
         width: float,
+        **worth: float,
     ) -> None:
         """Move for some `steps` of the simulation: `width` is of the random numbers, `rate` of a
-        move."""
+        move, `worth` for `Body.play`."""
         done, moves, self.best = 0, 0, -np.inf
-        self.check(body, upright, fastest)
+        self.check(body, **worth)
         while done < steps:
             tried = rng.normal(size=(PAIRS, *self.weights.shape))
             scores, seen = np.zeros((PAIRS, 2)), []
             for i, seed in enumerate(rng.integers(2**31, size=PAIRS)):
                 for j, sign in enumerate((1, -1)):
                     gait = self.gait_of(self.weights + sign * width * tried[i])
-                    scores[i, j] = body.play(gait, seed, upright, fastest, self.noise, seen)
+                    scores[i, j] = body.play(gait, seed, self.noise, seen, **worth)
             kept = np.argsort(-scores.max(1))[:BEST]
             pull = scores[kept, 0] - scores[kept, 1]
             self.weights += (
@@ -183,7 +242,7 @@ class Search:
             done += 5 * len(seen)
             moves += 1
             if moves % 10 == 0:
-                self.check(body, upright, fastest)
+                self.check(body, **worth)
 
 
 def mirrored(label: str) -> str:
@@ -212,28 +271,35 @@ def tried(body: Body, upright: float, noise: float, seed: int) -> Search:
     tries = [Search.begin(body, noise) for _ in range(TRIES)]
     for number, one in enumerate(tries):
         rng = np.random.default_rng([seed, number])
-        one.run(body, TRY, rng, upright, fastest=1.5, rate=0.03, width=0.05)
+        one.run(body, TRY, rng, rate=0.03, width=0.05, upright=upright, fastest=1.5)
     return max(tries, key=lambda one: one.best)
 
 
 def search(
     name: str, start: str | None, upright: tuple[float, float], noise: float, seed: int
 ) -> tuple[np.ndarray, str]:
-    """A morphology's gait, with weights of three digits, and what was found on the way."""
-    coarse, true = Body(name, coarse=True), Body(name, coarse=False)
+    """A gait, with weights of three digits, and what was found on the way."""
     before = {}
-    start = name if start == "itself" else start
-    if start:
-        before[start] = carried_over(gaits.MAPS[start], Body(start, coarse=False), true)
-        one = Search.begin(coarse, noise, before[start])
-    else:
-        one = tried(coarse, upright[0], noise, seed)
-        before["tries"] = one.gait
-    if name in gaits.MAPS:
-        before[name] = gaits.MAPS[name]
     rng = np.random.default_rng([seed, TRIES])
-    one.run(coarse, COARSE, rng, upright[1], fastest=np.inf, rate=0.02, width=0.03)
-    one.run(true, TRUE, rng, upright[1], fastest=np.inf, rate=0.02, width=0.03)
+    start = name if start == "itself" else start
+    known = gaits.MAPS
+    if name in dmc.MAPPED:
+        coarse, true = SuiteTask(name, coarse=True), SuiteTask(name, coarse=False)
+        one = Search.begin(coarse, noise, known[start] if start else None)
+        one.run(coarse, SUITE, rng, **MOVES[name.split("-")[0]])
+        one.run(true, TRUE, rng, rate=0.02, width=0.03)
+    else:
+        coarse, true = Body(name, coarse=True), Body(name, coarse=False)
+        if start:
+            before[start] = carried_over(known[start], Body(start, coarse=False), true)
+            one = Search.begin(coarse, noise, before[start])
+        else:
+            one = tried(coarse, upright[0], noise, seed)
+            before["tries"] = one.gait
+        one.run(coarse, COARSE, rng, rate=0.02, width=0.03, upright=upright[1])
+        one.run(true, TRUE, rng, rate=0.02, width=0.03, upright=upright[1])
+    if name in known:
+        before[name] = known[name]
     gait = np.array([[float(f"{x:.3g}") for x in row] for row in one.gait])
     scores = {
         k: [mean_return(true, g, level) for level in TOLD]
@@ -247,20 +313,19 @@ def search(
 
 
 def mean_return(
-    body: Body,
+    body: Body | SuiteTask,
     gait: np.ndarray,
     noise: float,
     seeds: range = range(20),
-    upright: float = 1.0,
-    fastest: float = np.inf,
+    **worth: float,
 ) -> float:
-    return float(np.mean([body.play(gait, seed, upright, fastest, noise) for seed in seeds]))
+    return float(np.mean([body.play(gait, seed, noise, **worth) for seed in seeds]))
 
 
-HEAD = '''"""Linear maps that play Modular RL's bodies, found and written by experiments/gaits.py.
+HEAD = '''"""Linear maps that play Modular RL and some of DM Control, found by experiments/gaits.py.
 
-By morphology: a row for each number observed and one for a constant, a column for each control, in
-half its range.
+By morphology or task: a row for each number observed and one for a constant, a column for each
+control, in half its range.
 """
 
 import numpy as np
@@ -285,9 +350,13 @@ def written(gaits: dict[str, np.ndarray]) -> str:
     return HEAD + "".join(blocks) + TAIL
 
 
+def _kind(name: str) -> str:
+    return name.split("-")[0] if name in dmc.MAPPED else "modular_rl"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of morphologies; all, if none")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="body or task; all, if none")
     starts = ["itself", *gaits.MAPS]
     parser.add_argument("--start", choices=starts, help="whose gait to go on from")
     worth = "what a step upright is worth in the tries, and after"
@@ -296,10 +365,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int)
     args = parser.parse_args()
-    unknown = set(args.names) - set(modular_rl.BODIES)
+    every = [*modular_rl.BODIES, *dmc.MAPPED]
+    unknown = set(args.names) - set(every)
     if unknown:
-        parser.error(f"{sorted(unknown)} are not morphologies; there are {list(modular_rl.BODIES)}")
-    progress, names = Progress(every=0.0), args.names or list(modular_rl.BODIES)
+        parser.error(f"{sorted(unknown)} have no gait; there are {every}")
+    progress, names = Progress(every=0.0), args.names or every
+    for name in names if args.start in gaits.MAPS else ():
+        if _kind(name) != _kind(args.start):
+            parser.error(f"{name} cannot start from {args.start}, another kind of body")
     with worker_pool(args.workers) as pool:
         running = {
             pool.submit(search, name, args.start, args.upright, args.noise, args.seed): name
@@ -310,9 +383,7 @@ def main() -> None:
             gait, found = future.result()
             # Read again: another search may have written since.
             known = runpy.run_path(gaits.__file__)["MAPS"] | {name: gait}
-            write_text(
-                gaits.__file__, written({k: known[k] for k in modular_rl.BODIES if k in known})
-            )
+            write_text(gaits.__file__, written({k: known[k] for k in every if k in known}))
             progress(f"{name}: {found}")
 
 

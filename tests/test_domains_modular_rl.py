@@ -11,7 +11,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from gato_lib.domains import gaits, modular_rl
+from gato_lib.domains import dmc, gaits, modular_rl
 
 PROGRAM = pathlib.Path(__file__).parents[1] / "experiments" / "gaits.py"
 _spec = importlib.util.spec_from_file_location("search", PROGRAM)
@@ -190,16 +190,32 @@ def test_a_gait_is_found():
     assert np.mean([body.play(one.gait, seed) for seed in range(5)]) > 3 * before
 
 
+@pytest.mark.parametrize("name", dmc.MAPPED)
+def test_the_search_simulates_dm_control(name):
+    """The first second of it: what follows is not the same to the last digit, and chaotic."""
+    env, task = dmc.Suite(name), search.SuiteTask(name, coarse=False)
+    expert = dmc.DOMAINS[0].make_expert(name)
+    observation, _ = env.reset(seed=3)
+    expert.reset(env)
+    total = 0.0
+    for _ in range(40):
+        observation, reward, *_ = env.step(expert.act(observation, None))
+        total += reward
+    assert task.play(gaits.MAPS[name], seed=3, steps=40) == pytest.approx(total, rel=1e-3)
+
+
 def test_what_is_written_is_read_back():
     text = search.written(gaits.MAPS)
     assert text == pathlib.Path(gaits.__file__).read_text()
     read = {}
     exec(text, read)
-    assert list(read["MAPS"]) == NAMES
+    assert list(read["MAPS"]) == [*NAMES, *dmc.MAPPED]
     for name, gait in gaits.MAPS.items():
         np.testing.assert_array_equal(read["MAPS"][name], gait)
+    for name in NAMES:
         env = DOMAIN.make_env(name)
-        assert gait.shape == (env.observation_space.shape[0] + 1, env.action_space.shape[0])
+        shape = env.observation_space.shape[0] + 1, env.action_space.shape[0]
+        assert gaits.MAPS[name].shape == shape
 
 
 def test_declares_what_decides_the_data():

@@ -49,8 +49,6 @@ class Trajectories:
         return self.sensordata[..., begin : begin + int(sensor.dim[0])]
 
 
-CIRCLES = (10, 80)  # actions to a repetition, at least and at most
-
 Reward = Callable[[Trajectories], np.ndarray]
 
 
@@ -67,8 +65,6 @@ class Planning:
       noise: smallest and largest standard deviation of the noise on the knots, in half ranges of
         the control; each sample draws its own between them, evenly in the logarithm.
       fresh: share of the samples that are drawn anew, ignoring the current plan.
-      repeats: share of the samples that go on as the last actions went, in circles of random
-        length: a gait's next step is much like the one before.
       timestep: of the planner's model in seconds; None for the environment's own. A coarser one
         makes a bad simulator and a fast planner, and planning anew forgives the first.
     """
@@ -80,7 +76,6 @@ class Planning:
     spacing: int = 6
     noise: tuple[float, float] = (0.1, 0.6)
     fresh: float = 0.3
-    repeats: float = 0.0
     timestep: float | None = None
 
 
@@ -119,12 +114,11 @@ class Planner:
         self._spec = mujoco.mjtState.mjSTATE_FULLPHYSICS
         self._state = np.empty(mujoco.mj_stateSize(self._model, self._spec))
         self._low, self._high = model.actuator_ctrlrange.T
+        # Of the K knots.
         times = np.arange(0, planning.horizon - 1 + planning.spacing, planning.spacing)
-        self._times = times  # of the K knots
         self._spline = spline_weights(np.arange(planning.horizon), times)  # (H, K)
         self._shift = spline_weights(times + planning.hold, times)  # (K, K)
         self._knots = np.tile((self._low + self._high) / 2, (len(times), 1))  # (K, nu)
-        self._played = np.empty((0, model.nu))
 
     def plan(self, data: Any) -> np.ndarray:
         """(hold, nu) controls to play from `data`'s state on; calls go on from the plan before."""
@@ -135,26 +129,20 @@ class Planner:
         self._knots = knots[self._score(knots).argmax()]
         controls = self._spline[: self._planning.hold] @ self._knots
         self._knots = self._shift @ self._knots
-        self._played = np.concatenate([self._played, controls])[-CIRCLES[1] :]
         return controls
 
     def _sample(self) -> np.ndarray:
-        """(N, K, nu) plans: the current one, noisy copies of it, new ones, and repetitions."""
+        """(N, K, nu) plans: the current one, noisy copies of it, and new ones."""
         p, rng = self._planning, self._rng
         half, shape = (self._high - self._low) / 2, self._knots.shape
         fresh = int(p.fresh * p.samples)
-        repeats = int(p.repeats * p.samples) if len(self._played) == CIRCLES[1] else 0
-        noisy = p.samples - 1 - fresh - repeats
+        noisy = p.samples - 1 - fresh
         scale = np.exp(rng.uniform(*np.log(p.noise), (noisy, 1, 1)))
         plans = [
             self._knots[None],
             self._knots + scale * half * rng.normal(size=(noisy, *shape)),
             rng.uniform(self._low, self._high, (fresh, *shape)),
         ]
-        if repeats:
-            circle = rng.integers(*CIRCLES, (repeats, 1), endpoint=True)
-            again = self._played[len(self._played) - circle + self._times % circle]
-            plans.append(again + 0.1 * half * rng.normal(size=again.shape))
         return np.concatenate(plans).clip(self._low, self._high)
 
     def _score(self, knots: np.ndarray) -> np.ndarray:
