@@ -19,8 +19,8 @@ walker_6_no_left_foot for walker_7_full, walker_6_no_right_foot and walker_5_no_
 of them survive more, and two are the mirror images of what others then had: walker_5_no_left_shin
 of walker_5_no_right_shin's, and walker_6_no_right_foot of walker_6_no_left_foot's.
 
-DM Control's take eight million steps without tries, as its walker begins lying about. Both came from
-nothing. Its walker was not found to walk.
+DM Control's take eight million steps without tries, and came from nothing; its walker, which begins
+lying about, was not found to walk.
 """
 
 from __future__ import annotations
