@@ -110,8 +110,8 @@ def test_interrupted_episodes_are_gone_on_with(prepared, data):
 
 def test_planners_plan_anew_after_anothers_action():
     env, expert = (
-        domains.make_env("dmc/cartpole-balance"),
-        domains.make_expert("dmc/cartpole-balance"),
+        domains.make_env("dmc/cartpole-swingup"),
+        domains.make_expert("dmc/cartpole-swingup"),
     )
     observation, _ = env.reset(seed=0)
     expert.reset(env)
