@@ -1,4 +1,4 @@
-"""Search for the linear maps that play Modular RL and walkers: `python experiments/gaits.py`.
+"""Search for the linear maps that play, and write them: `python experiments/gaits.py`.
 
 Writes gato_lib/domains/gaits.py, what experts of Modular RL, and of two tasks of DM Control,
 play. The paper's are trained agents (D4PG), and so are these, by a far simpler method: augmented
@@ -19,8 +19,8 @@ walker_6_no_left_foot for walker_7_full, walker_6_no_right_foot and walker_5_no_
 of them survive more, and two are the mirror images of what others then had: walker_5_no_left_shin
 of walker_5_no_right_shin's, and walker_6_no_right_foot of walker_6_no_left_foot's.
 
-DM Control's take eight million steps without tries, and came from nothing; its walker, which begins
-lying about, was not found to walk.
+DM Control's take six to eight million steps without tries, and came from nothing; its walker, which
+begins lying about, was not found to walk.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ TOLD = (0.0, 0.1, 0.2, 0.3)  # noise at which gaits are compared
 SUITE = 8_000_000  # steps to a task of DM Control
 MOVES = {"walker": {"rate": 0.3, "width": 0.2}, "cheetah": {"rate": 0.05, "width": 0.05}}
 CHECKED = 8  # episodes to tell whether weights are the best so far, every tenth move
+
+
+def controls_of(gait: np.ndarray, observed: np.ndarray, disturbance: np.ndarray) -> np.ndarray:
+    """What is played, in half the controls' range."""
+    return ((observed @ gait[:-1] + gait[-1]).clip(-1, 1) + disturbance).clip(-1, 1)
 
 
 class Body:
@@ -108,8 +113,7 @@ class Body:
             observed = np.concatenate([data.qpos[1:], data.qvel.clip(-10, 10)])
             if seen is not None and step % 5 == 0:
                 seen.append(observed)
-            controls = (observed @ gait[:-1] + gait[-1]).clip(-1, 1) + disturbed[step]
-            data.ctrl[:] = self._middle + self._half * controls.clip(-1, 1)
+            data.ctrl[:] = self._middle + self._half * controls_of(gait, observed, disturbed[step])
             before = data.qpos[0]
             mujoco.mj_step(model, data, self._substeps)
             speed = (data.qpos[0] - before) / self._seconds
@@ -158,8 +162,7 @@ class SuiteTask:
             observed = self._observed(data)
             if seen is not None and step % 5 == 0:
                 seen.append(observed)
-            controls = (observed @ gait[:-1] + gait[-1]).clip(-1, 1) + disturbed[step]
-            data.ctrl[:] = controls.clip(-1, 1)
+            data.ctrl[:] = controls_of(gait, observed, disturbed[step])
             mujoco.mj_step2(model, data)  # as dm_control steps, so that what is read is of now
             if self._substeps > 1:
                 mujoco.mj_step(model, data, self._substeps - 1)
