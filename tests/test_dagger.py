@@ -94,6 +94,24 @@ def test_they_are_trained_on_beside_the_experts_own(prepared, data, home):
     assert len(played) == 1
 
 
+@pytest.mark.parametrize("task", ["dmc/point_mass-easy", "metaworld/reach"])
+def test_where_every_step_counts_an_episode_ends_with_what_is_led(task):
+    env = domains.make_env(task)
+    begun, _ = env.reset(seed=3)
+    lane = dagger._Led(task, 3, env, begun)
+    executed, still = [], np.zeros(env.action_space.shape, np.float32)
+    while not lane.over:
+        executed.append(lane.step(still))
+    led = sum(not np.any(e) for e in executed)  # an expert never does quite nothing
+    episode = lane.episode()
+    assert episode.steps == len(executed) <= dagger.STEPS
+    if task.startswith("dmc"):
+        assert led == dagger.LED and not np.any(executed[-1])
+    else:
+        assert episode.success or episode.steps == dagger.STEPS
+    env.close()
+
+
 def test_interrupted_episodes_are_gone_on_with(prepared, data):
     run, _ = prepared
     (item, _) = workbook.practices(run, data)
