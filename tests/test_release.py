@@ -106,7 +106,10 @@ def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
 HOME = Run(results.REPOSITORY / "experiments" / "agents" / "released", "released")
 
 
-@pytest.mark.parametrize("name", ["arcade", "fifth", "fourth", "released", "sixth", "stacking", "third"])
+AGENTS = ["arcade", "fifth", "fourth", "released", "sixth", "stacking", "third"]
+
+
+@pytest.mark.parametrize("name", AGENTS)
 def test_the_agents_that_come_with_the_repository_load(name):
     """Whatever the code has become: their checkpoints hold the optimizer's state, too."""
     run = Run.of(f"experiments/agents/{name}", None)
