@@ -3,8 +3,9 @@
     python experiments/release.py --preset sixth --to experiments/agents/released
 
 Writes that folder: parameters in bfloat16, settings, text pieces, metrics, and of each task, the
-levels that 06 plays besides included, the ends of some demonstrations to prompt it with. Prints the sha256 for its model card. Exit status: 0 done, 1 it is too large or data is
-damaged, 2 there is no such agent.
+levels that 06 plays besides included, the ends of some demonstrations to prompt it with. Prints the
+sha256 for its model card. Exit status: 0 done, 1 it is too large or data is damaged, 2 there is no
+such agent.
 """
 
 from __future__ import annotations
