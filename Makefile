@@ -8,18 +8,19 @@ notebooks_of_ablation := 16_ablations
 notebooks_of_acting := 06_simulated_control
 notebooks_of_choices := 16_ablations
 notebooks_of_distillation := 02_datasets
-notebooks_of_fifth := 06_simulated_control
-notebooks_of_fourth := 06_simulated_control
+notebooks_of_fifth := 04_training
+notebooks_of_fourth := 04_training
+notebooks_of_lead := 04_training
 notebooks_of_ood := 10_out_of_distribution
 notebooks_of_pretrain := 04_training
 notebooks_of_questions := 08_text_samples
 notebooks_of_released := 06_simulated_control
 notebooks_of_scaling := 09_scaling_laws
 notebooks_of_seventh := 04_training
-notebooks_of_sixth := 06_simulated_control
+notebooks_of_sixth := 04_training
 notebooks_of_specialists := 12_specialists
 notebooks_of_stacking := 07_rgb_stacking 11_finetune_stacking
-notebooks_of_third := 06_simulated_control
+notebooks_of_third := 04_training
 NOTEBOOK ?= $(notebooks_of_$(PRESET))
 
 # Command-line variables do not reach $(shell) by themselves in older makes.

@@ -135,8 +135,11 @@ def load_publishes(name: str) -> tuple[str, ...]:
     return tuple(patterns or ())
 
 
-def _read_preset(name: str) -> tuple[pathlib.Path, dict[str, Any]]:
-    """A preset's file and its sections, with those of the preset it `extends` underneath."""
+def _read_preset(name: str, above: tuple[str, ...] = ()) -> tuple[pathlib.Path, dict[str, Any]]:
+    """A preset's file and its sections, with those of the presets it `extends` underneath.
+
+    `above` are the presets that this one is read for, of which none may come again.
+    """
     folder = ROOT / "experiments" / "params"
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if name not in known:
@@ -151,11 +154,12 @@ def _read_preset(name: str) -> tuple[pathlib.Path, dict[str, Any]]:
             raise UserError(f"{_shown(path)}: expected 'key: value' lines, got {section!r}")
     special = {n: values or {} for n, values in special.items()}
     if (base := content.get("extends")) is not None:
-        if base == name or base not in known:
+        if base not in known:
             raise UserError(f"{_shown(path)}: extends {base!r}; {_nearest(str(base), known)}")
-        if "extends" in _read_yaml(folder / f"{base}.yaml"):
-            raise UserError(f"{_shown(path)}: {base}, which it extends, itself extends a preset")
-        below = _read_preset(base)[1]
+        above = (*above, name)
+        if base in above:
+            raise UserError(f"{_shown(path)}: extends {base!r}, which extends it in turn")
+        below = _read_preset(base, above)[1]
         shared = below["shared"] | shared
         special = below["notebooks"] | {
             n: below["notebooks"].get(n, {}) | values for n, values in special.items()

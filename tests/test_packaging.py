@@ -432,8 +432,13 @@ def test_a_preset_extends_another(workbook, capsys):
     values = workbook.driver.load_preset("tiny")["first"]
     assert values == {"label": "base", "steps": 7, "rate": 2.0, "preset": "tiny"}
     assert workbook.driver.load_publishes("tiny") == ()
-    (workbook.root / "experiments/params/base.yaml").write_text("extends: tiny")
-    assert workbook.main() == 2 and "itself extends" in capsys.readouterr().err
+    params = workbook.root / "experiments/params"
+    (params / "lowest.yaml").write_text("shared: {label: lowest, names: [one]}")
+    (params / "base.yaml").write_text(f"extends: lowest\n{base}")
+    assert workbook.driver.load_preset("tiny")["first"] == values | {"names": ["one"]}
+    (params / "lowest.yaml").write_text("extends: tiny")
+    assert workbook.main() == 2
+    assert "lowest.yaml: extends 'tiny', which extends it in turn" in capsys.readouterr().err
 
 
 def test_one_of_several_processes(workbook, capsys, monkeypatch):
