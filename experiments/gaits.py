@@ -88,6 +88,7 @@ class Body:
         seen: list[np.ndarray] | None = None,
         upright: float = 1.0,
         fastest: float = np.inf,
+        steps: int = modular_rl.STEPS,
     ) -> float:
         """Play an episode and return the sum of its rewards.
 
@@ -96,6 +97,7 @@ class Body:
           noise: on controls, standard deviation in half their range.
           seen: where every fifth observation is appended.
           upright, fastest: what a step upright is worth, and the speed above which none is.
+          steps: after which the episode ends, if it has not before.
         """
         import mujoco
 
@@ -106,10 +108,10 @@ class Body:
         data.qpos[:] = sim.init_qpos + rng.uniform(-spread, spread, model.nq)
         data.qvel[:] = sim.init_qvel + rng.uniform(-spread, spread, model.nv)
         mujoco.mj_forward(model, data)
-        disturbed = noise * rng.normal(size=(modular_rl.STEPS, self.controls))
+        disturbed = noise * rng.normal(size=(steps, self.controls))
         (lowest, highest), (back, ahead) = sim._healthy_z_range, sim._healthy_angle_range
         total = 0.0
-        for step in range(modular_rl.STEPS):
+        for step in range(steps):
             observed = np.concatenate([data.qpos[1:], data.qvel.clip(-10, 10)])
             if seen is not None and step % 5 == 0:
                 seen.append(observed)

@@ -169,15 +169,15 @@ def test_expert_walks_where_random_falls(name):
     np.testing.assert_array_equal(first[1], again[1])
 
 
-@pytest.mark.parametrize("name", ["walker_7_full", "hopper_4_full", "humanoid_2d_9_no_arms"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_search_simulates_what_is_played(name):
-    """A whole episode's return, from a start without noise."""
+    """The first hundred steps, from a start without noise: what follows is chaotic."""
     env, body = DOMAIN.make_env(name), search.Body(name, coarse=False)
     for sim in (env.unwrapped, body._env):
         sim._reset_noise_scale = 0.0
-    total, actions = rollout(env, DOMAIN.make_expert(name), seed=0, steps=modular_rl.STEPS)
-    assert body.play(gaits.MAPS[name], seed=0, noise=0.0) == pytest.approx(total, rel=1e-2)
-    assert len(actions) > 100
+    total, actions = rollout(env, DOMAIN.make_expert(name), seed=0, steps=100)
+    assert len(actions) == 100
+    assert body.play(gaits.MAPS[name], seed=0, steps=100) == pytest.approx(total, rel=1e-4)
 
 
 def test_a_gait_is_found():
