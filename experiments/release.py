@@ -1,6 +1,6 @@
 """Make the agent that comes with the repository from a finished run.
 
-    python experiments/release.py --preset sixth --to experiments/agents/released
+    python experiments/release.py --preset seventh --to experiments/agents/released
 
 Writes that folder: parameters in bfloat16, settings, text pieces, metrics, and of each task, the
 levels that 06 plays besides included, the ends of some demonstrations to prompt it with. Prints the

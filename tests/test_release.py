@@ -106,7 +106,7 @@ def test_a_released_agent_plays_like_the_rounded_one(tmp_path):
 HOME = Run(results.REPOSITORY / "experiments" / "agents" / "released", "released")
 
 
-AGENTS = ["arcade", "released", "seventh", "stacking"]
+AGENTS = ["arcade", "released", "stacking"]
 
 
 @pytest.mark.parametrize("name", AGENTS)
