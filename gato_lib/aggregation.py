@@ -58,11 +58,11 @@ def _means(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tasks' means, (tasks,), and with episodes drawn anew within each task, (resamples, tasks).
 
-    Raises ValueError where no task has a sound expert.
+    Raises ValueError where no task has a scale.
     """
     episodes = list(normalized_episodes(played, references).values())
     if not episodes:
-        raise ValueError("no task with a sound expert was played")
+        raise ValueError("no task with an expert to measure by was played")
     return np.array([x.mean() for x in episodes]), resampled_means(episodes, seed, resamples).T
 
 
@@ -87,7 +87,7 @@ def by_domain(played: pd.DataFrame, references: pd.DataFrame, seed: int = 0) -> 
             table = aggregates(group, references, seed)
             tables.append(table.assign(domain=domain, tasks=tasks))
     if not tables:
-        raise ValueError("no task with a sound expert was played")
+        raise ValueError("no task with an expert to measure by was played")
     return pd.concat(tables, ignore_index=True)
 
 

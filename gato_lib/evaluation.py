@@ -389,13 +389,18 @@ def read_references(path: str | os.PathLike) -> pd.DataFrame:
 # --- aggregation ----------------------------------------------------------------------------------
 
 
+def with_scale(references: pd.DataFrame) -> pd.Series:
+    """By task, whether its scores are normalised and counted: its expert is sound, and not weak."""
+    return references.sound & ~references.weak
+
+
 def score_table(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """One row a task: mean score, normalised score with a 95 % bootstrap interval, n.
 
-    Where the expert is not sound the normalised columns are NaN: pandas leaves them out of means
-    and counts. `weak` is carried along.
+    Where the task has no scale (`with_scale`) the normalised columns are NaN: pandas leaves them
+    out of means and counts. `weak` is carried along, to name such tasks.
     """
-    rows = []
+    rows, scaled = [], with_scale(references)
     for task, group in episodes.groupby("task", sort=False):
         reference = references.loc[task]
         scores = group.score.to_numpy(float)
@@ -404,7 +409,7 @@ def score_table(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0)
         for key, value in columns.items():
             columns[key] = (
                 normalized_score(value, reference["random"], reference["expert"])
-                if reference["sound"]
+                if scaled[task]
                 else float("nan")
             )
         rows.append(
@@ -424,7 +429,7 @@ def score_table(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0)
 
 
 def domain_means(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """One row a domain: mean normalised score over its sound tasks, 95 % interval, tasks.
+    """One row a domain: mean normalised score over its tasks with a scale, 95 % interval, tasks.
 
     The interval resamples episodes within each task.
     """
@@ -435,11 +440,11 @@ def domain_means(episodes: pd.DataFrame, references: pd.DataFrame, seed: int = 0
 
 
 def normalized_episodes(played: pd.DataFrame, references: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Normalised score of every episode, by task, of tasks with a sound expert only."""
-    out = {}
+    """Normalised score of every episode, by task, of tasks with a scale only."""
+    out, scaled = {}, with_scale(references)
     for task, group in played.groupby("task", sort=False):
         r = references.loc[task]
-        if r["sound"]:
+        if scaled[task]:
             out[task] = normalized_score(group.score.to_numpy(float), r["random"], r["expert"])
     return out
 
@@ -481,7 +486,7 @@ def difference(
     one, other = (x.sort_values(keys, ignore_index=True) for x in (one, other))
     if not one[keys].equals(other[keys]):
         raise ValueError("the two played different episodes")
-    scale = (references.expert - references.random).where(references.sound)
+    scale = (references.expert - references.random).where(with_scale(references))
     gain = (one.score - other.score) / scale.reindex(one.task).to_numpy()
     by_task = {task: g.to_numpy() for task, g in gain.dropna().groupby(one.task)}
     groups = {"all": list(by_task.values())} if by_task else {}

@@ -663,9 +663,11 @@ def test_score_table_and_domain_means():
     (row,) = evaluation.score_table(played, references).to_dict("records")
     assert row["normalized"] == pytest.approx(0.5) and row["n"] == 4
     assert row["low"] < 0.5 < row["high"]
-    unsound = references.assign(sound=False, random=0.9)
-    (row,) = evaluation.score_table(played, unsound).to_dict("records")
-    assert np.isnan(row["normalized"]) and evaluation.domain_means(played, unsound).empty
+    for no in (references.assign(sound=False, random=0.9), references.assign(weak=True)):
+        (row,) = evaluation.score_table(played, no).to_dict("records")
+        assert np.isnan([row["normalized"], row["low"], row["high"]]).all() and row["score"] == 0.5
+        assert evaluation.domain_means(played, no).empty
+        assert not evaluation.normalized_episodes(played, no)
     (mean,) = evaluation.domain_means(played, references).to_dict("records")
     assert mean["domain"] == "babyai" and mean["mean"] == pytest.approx(0.5) and mean["n"] == 1
     low, high = evaluation.bootstrap([np.ones(5), np.zeros(5)])
@@ -682,7 +684,7 @@ def test_difference_is_by_episode():
         }
     )
     references = pd.DataFrame(
-        {"random": [0.1, 0.0], "expert": [0.9, 1.0], "sound": [True, True]},
+        {"random": [0.1, 0.0], "expert": [0.9, 1.0], "sound": [True, True], "weak": False},
         index=["babyai/Open", "metaworld/reach"],
     )
     better = played.assign(score=played.score + np.repeat([0.08, 1.0, 0.0], [3, 1, 2]))[::-1]
@@ -692,8 +694,8 @@ def test_difference_is_by_episode():
     )
     assert table.low["babyai"] == pytest.approx(0.1) == table.high["babyai"]
     assert table.low["metaworld"] == 0.0 and table.n.to_dict()["all"] == 2
-    unsound = references.assign(sound=[False, True])
-    assert set(evaluation.difference(better, played, unsound).domain) == {"all", "metaworld"}
+    for no in (references.assign(sound=[False, True]), references.assign(weak=[True, False])):
+        assert set(evaluation.difference(better, played, no).domain) == {"all", "metaworld"}
     with pytest.raises(ValueError, match="different episodes"):
         evaluation.difference(better.iloc[1:], played, references)
 
