@@ -79,7 +79,7 @@ def test_what_a_task_page_says(tmp_path):
 
 
 def test_a_task_without_a_scale_was_played_all_the_same(tmp_path):
-    for name in ("06_simulated_control.csv", "06_episodes.csv"):
+    for name in ("06_simulated_control.csv", "06_episodes.csv", "06_set_aside.csv"):
         rows = results.read_rows(results.COMMITTED / name)
         if name == "06_simulated_control.csv":
             rows = rows[rows.task != "babyai/Open"]
@@ -91,6 +91,23 @@ def test_a_task_without_a_scale_was_played_all_the_same(tmp_path):
     assert (now.run, now.n) == (then.run, then.n)
     assert np.isnan(scores.normalized["babyai/Open"])
     assert build.summary(scores)["tasks"] == str(before.normalized.notna().sum() - 1)
+
+
+def test_a_task_that_was_never_trained_on(tmp_path):
+    scores = build.read_scores(None)
+    unseen = scores[scores.unseen]
+    assert len(unseen) == 4 and not set(unseen.index) & domains.HELD_OUT
+    said = build.summary(scores)
+    assert int(said["tasks"]) == int(said["trained"]) + 4
+    build.write_tasks(tmp_path, scores)
+    page = (tmp_path / "tasks" / f"{unseen.index[0]}.md").read_text()
+    score = f"**{100 * unseen.normalized.iloc[0]:.0f} % of the expert's score**, 20 episodes."
+    assert f"{score} The agent was never trained on this task." in page and "nan" not in page
+    for name in ("06_simulated_control.csv", "06_episodes.csv"):
+        rows = results.read_rows(results.COMMITTED / name).assign(run="another")
+        results.write_rows(tmp_path / "results" / name, rows.to_dict("records"))
+    shutil.copy(results.COMMITTED / "06_set_aside.csv", tmp_path / "results")
+    assert set(build.read_scores(tmp_path).index) == set(scores[~scores.unseen].index)
 
 
 def test_films_of_tasks(tmp_path, monkeypatch):

@@ -200,13 +200,13 @@ def read_figures(folder: pathlib.Path) -> Iterator[dict[str, str]]:
 def read_scores(run: pathlib.Path | None) -> pd.DataFrame:
     """One line a task that was played: normalised score, interval, episodes, provenance.
 
-    Without the normalised ones where there is no scale: the expert is weak or not sound.
+    Without the normalised ones where there is no scale: the expert is weak or not sound. `unseen`
+    are tasks that the agent was not trained on, of which 06 keeps the normalised score alone.
     """
     names = ["06_simulated_control.csv", "06_episodes.csv"]
     own = run is not None and all((run / "results" / name).is_file() for name in names)
-    rows, single = (
-        results.read_rows((run / "results" if own else results.COMMITTED) / name) for name in names
-    )
+    folder = run / "results" if own else results.COMMITTED
+    rows, single = (results.read_rows(folder / name) for name in names)
     rows = rows[rows.task.isin(domains.TASKS)]
     for task in sorted(set(single.task) - set(rows.task)):
         of_task = single[single.task == task]
@@ -215,8 +215,15 @@ def read_scores(run: pathlib.Path | None) -> pd.DataFrame:
         means = {"score": episodes.score.mean(), "success": episodes.success.mean()}
         rows = pd.concat([rows, *(more.assign(metric=k, value=v) for k, v in means.items())])
     table = rows.pivot(index="task", columns="metric", values="value")
-    first = rows.groupby("task").first()
-    return table.join(first[["run", "git_sha", "hardware", "step", "n"]])
+    origin = ["run", "git_sha", "hardware", "step", "n"]
+    table = table.join(rows.groupby("task").first()[origin]).assign(unseen=False)
+    aside = folder / "06_set_aside.csv"
+    unseen = results.read_rows(aside) if aside.is_file() else rows.head(0)
+    unseen = unseen[unseen.task.isin(domains.TASKS) & (unseen.run == table.run.iloc[0])]
+    if unseen.empty:
+        return table
+    unseen = unseen.set_index("task").rename(columns={"value": "normalized"})
+    return pd.concat([table, unseen[["normalized", *origin]].assign(unseen=True)])
 
 
 def read_films(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -226,13 +233,16 @@ def read_films(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def summary(scores: pd.DataFrame) -> dict[str, str]:
-    """Over all tasks that were played."""
+    """Over all tasks that were played, and over those trained on."""
     agent, steps = scores.run.iloc[0].split("-")[0], scores.step.iloc[0]
+    trained = scores[~scores.unseen]
     return {
         "agent": f"One agent ({agent}, {steps:,} updates)",
         "tasks": str(scores.normalized.notna().sum()),
         "at_half": str(int((scores.normalized >= 0.5).sum())),
-        "mean": f"{100 * scores.normalized.mean():.0f}",
+        "trained": str(trained.normalized.notna().sum()),
+        "trained_at_half": str(int((trained.normalized >= 0.5).sum())),
+        "mean": f"{100 * trained.normalized.mean():.0f}",
     }
 
 
@@ -249,6 +259,7 @@ def write_tasks(source: pathlib.Path, scores: pd.DataFrame) -> list[dict[str, An
             shown = task_values(task, spec, reference, played)
             render(folder / f"{page}.md", "task.md", **shown)
             notes = [k for k in ("held out",) if shown["held_out"]]
+            notes += ["never trained on"] if shown["unseen"] else []
             notes += ["weak expert"] if shown["unsound"] else []
             listed.append(shown | {"name": spec.name, "page": page, "note": ", ".join(notes)})
         render(folder / "index.md", "domain.md", name=domain.name, tasks=listed)
@@ -286,6 +297,7 @@ def task_values(
         "solved": "",
         "episodes": "",
         "held_out": task in domains.HELD_OUT,
+        "unseen": played is not None and bool(played.unseen),
         "metric": {"return": "the sum of rewards", "success": "whether it was solved"}[spec.metric],
         "measured": "" if reference is None else reference.n,
         "random": mean("random"),
@@ -311,7 +323,8 @@ def task_values(
             f"{episode['steps']} steps, score {episode['score']:.4g}{solved}."
         )
     if played is not None:
-        values["raw"], values["solved"] = f"{played.score:.4g}", f"{100 * played.success:.0f}"
+        if not played.unseen:
+            values["raw"], values["solved"] = f"{played.score:.4g}", f"{100 * played.success:.0f}"
         if not np.isnan(played.normalized):
             for key, column in (("score", "normalized"), ("low", "low"), ("high", "high")):
                 values[key] = f"{100 * played[column]:.0f}"
