@@ -171,13 +171,13 @@ def test_expert_walks_where_random_falls(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_search_simulates_what_is_played(name):
-    """The first hundred steps, from a start without noise: what follows is chaotic."""
+    """The first fifty steps, from a start without noise: what follows is chaotic."""
     env, body = DOMAIN.make_env(name), search.Body(name, coarse=False)
     for sim in (env.unwrapped, body._env):
         sim._reset_noise_scale = 0.0
-    total, actions = rollout(env, DOMAIN.make_expert(name), seed=0, steps=100)
-    assert len(actions) == 100
-    assert body.play(gaits.MAPS[name], seed=0, steps=100) == pytest.approx(total, rel=1e-4)
+    total, actions = rollout(env, DOMAIN.make_expert(name), seed=0, steps=50)
+    assert len(actions) == 50
+    assert body.play(gaits.MAPS[name], seed=0, steps=50) == pytest.approx(total, rel=1e-4)
 
 
 def test_a_gait_is_found():
