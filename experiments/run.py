@@ -76,7 +76,6 @@ class Notebook:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     minutes: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    commit_outputs: bool = False
     paper: str = ""
     state: str = ""
 
@@ -459,8 +458,8 @@ class Run:
                 known = path.relative_to(self.folder).with_suffix("") in declared
                 if whole or known or _made_by(path) & {s for n in names for s in (n, n[:3])}:
                     out[f"{PUBLISHED[path.parent.name]}/{path.name}"] = path.read_bytes()
-        for notebook in [self.table[name] for name in names or self.table]:
-            if notebook.commit_outputs and "notebooks" in self.publishes:
+        if "notebooks" in self.publishes:
+            for notebook in [self.table[name] for name in names or self.table]:
                 source = nbformat.read(notebook.path, 4)
                 executed = _code_cells(self.folder / "notebooks" / f"{notebook.name}.ipynb")
                 text = nbformat.writes(_with_outputs(source, executed)) + "\n"

@@ -288,7 +288,6 @@ TABLE = {
         "state": "complete",
         "outputs": ["results/first.csv", "figures/plot.png"],
         "minutes": {"tiny": 1, "other": 2},
-        "commit_outputs": True,
     },
     "second": {
         "title": "Two",
