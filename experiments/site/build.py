@@ -219,7 +219,7 @@ def read_scores(run: pathlib.Path | None) -> pd.DataFrame:
     table = table.join(rows.groupby("task").first()[origin]).assign(unseen=False)
     aside = folder / "06_set_aside.csv"
     unseen = results.read_rows(aside) if aside.is_file() else rows.head(0)
-    unseen = unseen[unseen.task.isin(domains.TASKS) & (unseen.run == table.run.iloc[0])]
+    unseen = unseen[(unseen.metric == "normalized") & (unseen.run == table.run.iloc[0])]
     if unseen.empty:
         return table
     unseen = unseen.set_index("task").rename(columns={"value": "normalized"})
@@ -325,8 +325,8 @@ def task_values(
     if played is not None:
         if not played.unseen:
             values["raw"], values["solved"] = f"{played.score:.4g}", f"{100 * played.success:.0f}"
-        if not np.isnan(played.normalized):
-            for key, column in (("score", "normalized"), ("low", "low"), ("high", "high")):
+        for key, column in (("score", "normalized"), ("low", "low"), ("high", "high")):
+            if not np.isnan(played[column]):
                 values[key] = f"{100 * played[column]:.0f}"
         values["episodes"] = f"{played.n:.0f}"
         values["provenance"] = (
